@@ -1,0 +1,140 @@
+"""The vocabulary of every check of user input: one way to say what is wrong and how to get out.
+
+Each message names the argument, its value, the rule, and what to do instead:
+
+    head_dim=0: must be at least 1. Pass q with a last dimension of 1 or more.
+
+All checks here look at shapes, dtypes and devices only, so they are cheap and never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_Error = TypeVar("_Error", ValueError, TypeError, NotImplementedError)
+
+
+def refuse(kind: type[_Error], argument: str, value: Any, rule: str, way_out: str) -> _Error:
+    """The exception to raise for `argument` having `value`, which breaks `rule`."""
+    return kind(f"{argument}={value}: {rule}. {way_out}.")
+
+
+def as_int(name: str, value: Any) -> int:
+    """`value` as an int: Python and NumPy integers and 0-d integer CPU tensors are accepted."""
+    if type(value) is int:
+        return value
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise refuse(
+            TypeError,
+            name,
+            f"tensor on {value.device}",
+            "must be a plain integer, since reading it from the device would stall every call",
+            f"Pass an int, for example int({name}) computed once per step",
+        )
+    if isinstance(value, bool):
+        raise refuse(TypeError, name, value, "must be an integer, not a bool", "Pass an int")
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise refuse(
+            TypeError,
+            name,
+            f"{value!r} ({type(value).__name__})",
+            "must be an integer",
+            "Pass an int, a NumPy integer or a 0-d integer CPU tensor",
+        ) from None
+
+
+def as_float(name: str, value: Any) -> float:
+    """`value` as a finite float: numbers and 0-d CPU tensors are accepted."""
+    if type(value) is not float:
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            raise refuse(
+                TypeError,
+                name,
+                f"tensor on {value.device}",
+                "must be a plain number, since reading it from the device would stall every call",
+                "Pass a float",
+            )
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise refuse(
+                TypeError, name, f"{value!r}", "must be a number", "Pass a float"
+            ) from None
+    if not math.isfinite(value):
+        raise refuse(ValueError, name, value, "must be finite", "Pass a finite float")
+    return value
+
+
+def check_is_tensor(name: str, value: Any) -> None:
+    """`value` is a torch.Tensor."""
+    if not isinstance(value, Tensor):
+        raise refuse(
+            TypeError, name, type(value).__name__, "must be a torch.Tensor", "Pass a tensor"
+        )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """`tensor` has exactly the shape `expected`; `meaning` says what its dimensions are."""
+    if tensor.shape != expected:
+        raise refuse(
+            ValueError,
+            f"{name}.shape",
+            tuple(tensor.shape),
+            f"must be {meaning} = {tuple(expected)}",
+            f"Reshape {name} or correct the tensor that it must agree with",
+        )
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """`tensor` lives where q lives."""
+    if tensor.device != device:
+        raise refuse(
+            ValueError,
+            f"{name}.device",
+            tensor.device,
+            f"must be q's device, {device}",
+            f"Move it with {name}.to({str(device)!r})",
+        )
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """`tensor` has one of the `allowed` dtypes."""
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(d) for d in allowed)
+        raise refuse(
+            TypeError,
+            f"{name}.dtype",
+            tensor.dtype,
+            f"must be {names}",
+            f"Convert it with {name}.to({allowed[0]})",
+        )
+
+
+def check_index_tensor(
+    name: str, tensor: Tensor, device: torch.device, shape: tuple[int, ...], meaning: str
+) -> None:
+    """`tensor` is int32, of the given shape, on q's device, contiguous in its last dimension."""
+    check_is_tensor(name, tensor)
+    if tensor.dtype != torch.int32:
+        check_dtype(name, tensor, (torch.int32,))
+    check_device(name, tensor, device)
+    check_shape(name, tensor, shape, meaning)
+    if tensor.numel() > 1 and tensor.stride(-1) != 1:
+        raise refuse(
+            ValueError,
+            f"{name}.stride",
+            tensor.stride(),
+            "must be 1 in the last dimension",
+            f"Pass {name}.contiguous()",
+        )

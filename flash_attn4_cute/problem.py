@@ -1,0 +1,226 @@
+"""The question that the kernels answer, and the only place that checks what a user passed.
+
+    AttentionTensors + AttentionOptions --from_tensors--> AttentionProblem --make_plan--> Plan
+
+`AttentionProblem` holds everything that may decide which kernel runs and nothing that is a tensor's
+value, so it is hashable and a CUDA tensor is never read here. What only the values can show (a
+descending `cu_seqlens`, a page number out of range) is checked in `values`, for CPU tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .mask_rule import FULL, Band, Custom, Full, MaskRule, band_of, make_mask_rule
+
+__all__ = [
+    "AttentionOptions",
+    "AttentionProblem",
+    "AttentionTensors",
+    "Band",
+    "Custom",
+    "Full",
+    "Layout",
+    "MaskRule",
+    "band_of",
+    "make_mask_rule",
+]
+
+
+class Layout(enum.Enum):
+    """How sequences lie in memory."""
+
+    DENSE = "dense"  # (batch, seqlen, heads, d)
+    VARLEN = "varlen"  # (total, heads, d), cut by cu_seqlens
+    PAGED = "paged"  # (pages, page_size, heads, d), found through page_table
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionTensors:
+    """The tensors of one call. `out` and `lse` are filled in once the problem is known to be valid.
+
+    Shapes, with b sequences, h query heads and h_k key heads:
+        q: (b, sq, h, d), or (total_q, h, d) with cu_seqlens_q
+        k, v: (b, sk, h_k, d | d_v), or (total_k, h_k, d | d_v) with cu_seqlens_k,
+            or (pages, page_size, h_k, d | d_v) with page_table
+        out: like q, with d_v instead of d, q's dtype
+        lse: float32 (b, h, sq) or (h, total_q), natural logarithm
+        cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), starts of the sequences and the end of the last
+        seqused_q, seqused_k: int32 (b,), tokens that count; 0 or less is an empty sequence
+        page_table: int32 (b, max_pages); entries past the end of a sequence are never read
+        kv_batch_idx: int32 (b,), the row of dense k and v that belongs to each sequence
+        cache_leftpad: int32 (b,), the first key that counts in each row of dense k and v
+        sink: (h,) float, a logit that takes part in every softmax without a value
+        alibi_slopes: float32 (h,) or (b, h)
+        dropout_state: int64 (2,), the Philox seed and offset
+        aux_tensors: handed to score_mod and mask_mod as they are
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    page_table: Tensor | None = None
+    kv_batch_idx: Tensor | None = None
+    cache_leftpad: Tensor | None = None
+    sink: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    dropout_state: Tensor | None = None
+    aux_tensors: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """The arguments of one call that are not tensors, in canonical form.
+
+    softmax_scale None is 1 / sqrt(d); softcap 0.0 is off; num_splits 0 lets the plan decide;
+    a maximum of None is derived from the tensors' shapes.
+    """
+
+    mask: MaskRule = FULL
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    score_mod: Callable | None = None
+    dropout_p: float = 0.0
+    deterministic: bool = False
+    num_splits: int = 0
+    pack_gqa: bool | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    return_lse: bool = False
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionProblem:
+    """One attention call as the planner sees it: hashable, and free of tensors.
+
+    `seqlen_q` and `seqlen_k` are exact for dense layouts and upper bounds for the others.
+    `aligned` holds if q, k and v suit 16-byte copies and TMA descriptors: last dimension
+    contiguous, base address and every other stride (of a dimension larger than 1) a positive
+    multiple of 16 bytes.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    q_layout: Layout
+    kv_layout: Layout
+    page_size: int | None
+    mask: MaskRule
+    softmax_scale: float
+    softcap: float
+    has_seqused_q: bool
+    has_seqused_k: bool
+    has_kv_batch_idx: bool
+    has_sink: bool
+    has_alibi: bool
+    score_mod: Callable | None
+    dropout_p: float
+    deterministic: bool
+    num_splits: int
+    pack_gqa: bool | None
+    return_lse: bool
+    requires_grad: bool
+    aligned: bool
+    has_cache_leftpad: bool = False
+
+    @classmethod
+    def from_tensors(cls, tensors: AttentionTensors, options: AttentionOptions) -> AttentionProblem:
+        """Check one call and describe it.
+
+        Reads shapes, strides, dtypes, devices and addresses, never values.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: shapes, devices or numbers that contradict each other or the rules above.
+            NotImplementedError: a combination that is well-defined but not provided.
+        """
+        q, k, v = tensors.q, tensors.k, tensors.v
+        validation.check_qkv_types(q, k, v)
+        batch, seqlen_q = validation.query_extent(tensors, options)
+        seqlen_k = validation.key_extent(tensors, options, batch)
+        num_heads, head_dim = q.shape[-2:]
+        num_heads_kv, head_dim_v = v.shape[-2:]
+        validation.check_heads(q, k, v)
+        validation.check_optional_tensors(tensors, batch, num_heads)
+        validation.check_options(tensors, options)
+        paged = tensors.page_table is not None
+        return cls(
+            device=q.device,
+            dtype=q.dtype,
+            batch=batch,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            num_heads=num_heads,
+            num_heads_kv=num_heads_kv,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            q_layout=Layout.DENSE if tensors.cu_seqlens_q is None else Layout.VARLEN,
+            kv_layout=_kv_layout(tensors),
+            page_size=k.shape[1] if paged else None,
+            mask=options.mask,
+            softmax_scale=(
+                head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale
+            ),
+            softcap=options.softcap,
+            has_seqused_q=tensors.seqused_q is not None,
+            has_seqused_k=tensors.seqused_k is not None,
+            has_kv_batch_idx=tensors.kv_batch_idx is not None,
+            has_sink=tensors.sink is not None,
+            has_alibi=tensors.alibi_slopes is not None,
+            score_mod=options.score_mod,
+            dropout_p=options.dropout_p,
+            deterministic=options.deterministic,
+            num_splits=options.num_splits,
+            pack_gqa=options.pack_gqa,
+            return_lse=options.return_lse,
+            requires_grad=options.requires_grad,
+            aligned=is_aligned(q) and is_aligned(k) and is_aligned(v),
+            has_cache_leftpad=tensors.cache_leftpad is not None,
+        )
+
+    def out_shape(self, q: Tensor) -> tuple[int, ...]:
+        """Shape of the output: q's, with d_v as the last dimension."""
+        return (*q.shape[:-1], self.head_dim_v)
+
+    def lse_shape(self, q: Tensor) -> tuple[int, ...]:
+        """Shape of the log-sum-exp: (b, h, sq), or (h, total_q) for packed queries."""
+        if self.q_layout is Layout.DENSE:
+            return (self.batch, self.num_heads, self.seqlen_q)
+        return (self.num_heads, q.shape[0])
+
+
+def is_aligned(t: Tensor) -> bool:
+    """Whether `t` suits 16-byte copies: see AttentionProblem.aligned."""
+    strides = t.stride()
+    if strides[-1] != 1 and t.shape[-1] != 1:
+        return False
+    itemsize = t.element_size()
+    for size, stride in zip(t.shape[:-1], strides[:-1], strict=True):
+        if size > 1 and (stride <= 0 or stride * itemsize % 16):
+            return False
+    return t.data_ptr() % 16 == 0
+
+
+def _kv_layout(tensors: AttentionTensors) -> Layout:
+    if tensors.page_table is not None:
+        return Layout.PAGED
+    return Layout.DENSE if tensors.cu_seqlens_k is None else Layout.VARLEN
