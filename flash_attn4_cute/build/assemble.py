@@ -1,0 +1,124 @@
+"""From a recipe to directories: the build itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .identity import source_id
+from .recipe import Recipe
+from .templates import COMPATIBILITY, OPS
+
+# What kernel-builder reads beside torch-ext/ (CARD.md is a template, benchmarks/ are published).
+STAGED = ("build.toml", "CARD.md", "LICENSE", "benchmarks")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One assembled directory: where it is, under which id it loads, how many files it digests."""
+
+    path: Path
+    id: str
+    num_files: int
+
+
+def assemble(recipe: Recipe, output: Path) -> list[Variant]:
+    """Write `output`/torch-<backend>/ for every backend of `recipe` and return them.
+
+    A directory that is already there is replaced as a whole, once its successor is complete and its
+    digest validates. Raises ValueError if build.toml is not one that `kernels` accepts.
+    """
+    _validate_build_toml(recipe)
+    unique_id = source_id(recipe)
+    return [_assemble_variant(recipe, output, backend, unique_id) for backend in recipe.backends]
+
+
+def stage(recipe: Recipe, destination: Path) -> None:
+    """Lay out the source tree that kernel-builder expects, for the flake to build.
+
+    kernel-builder's noarch build ships only torch-ext/<name>/, so the kernels are moved into it.
+    """
+    for name in STAGED:
+        source = recipe.root / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, destination / name, ignore=ignore)
+        elif source.is_file():
+            _copy(source, destination / name)
+    _copy_package(recipe, destination / "torch-ext" / recipe.python_name)
+
+
+def _assemble_variant(recipe: Recipe, output: Path, backend: str, unique_id: str) -> Variant:
+    variant = output / f"torch-{backend}"
+    fresh = output / f".torch-{backend}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    _copy_package(recipe, fresh)
+    names = {"name": recipe.python_name, "unique_id": unique_id}
+    _write(fresh / "_ops.py", OPS.format(**names))
+    _write(fresh / recipe.python_name / "__init__.py", COMPATIBILITY.format(**names))
+
+    kernel_id = f"_{recipe.python_name}_{backend}_{unique_id}"
+    num_files = _write_metadata(fresh, _metadata(recipe, backend, kernel_id))
+    shutil.rmtree(variant, ignore_errors=True)
+    fresh.rename(variant)
+    return Variant(variant, kernel_id, num_files)
+
+
+def _metadata(recipe: Recipe, backend: str, kernel_id: str) -> dict[str, Any]:
+    target: dict[str, Any] = {"type": backend}
+    if backend == "cuda" and recipe.cuda_capabilities:
+        target["archs"] = recipe.cuda_capabilities
+    return {
+        "name": recipe.name,
+        "id": kernel_id,
+        "version": recipe.version,
+        "license": recipe.license,
+        "python-depends": recipe.python_depends[backend],
+        "kernel-depends": [],
+        "backend": target,
+    }
+
+
+def _write_metadata(variant: Path, metadata: dict[str, Any]) -> int:
+    """Digest the finished tree into metadata.json, read it back, validate; the number of files."""
+    from kernels._rust import Digest, DigestAlgorithm, Metadata
+
+    digest = Digest.hash_variant(DigestAlgorithm.SHA256, variant)
+    metadata["digest"] = {"algorithm": "sha256", "files": dict(sorted(digest.files.items()))}
+    path = variant / "metadata.json"
+    _write(path, json.dumps(metadata, indent=2) + "\n")
+
+    written = Metadata.read_from_file(path).digest
+    assert written is not None
+    written.validate(Digest.hash_variant(written.algorithm, variant))
+    return len(digest.files)
+
+
+def _validate_build_toml(recipe: Recipe) -> None:
+    try:
+        from kernels._rust import Build
+    except ImportError as error:
+        raise ImportError(
+            "building needs the package kernels, whose Rust API validates build.toml and digests "
+            "the files. Install it with: pip install kernels"
+        ) from error
+    backends = {str(backend).lower() for backend in Build.open(recipe.root).general.backends}
+    assert backends == set(recipe.backends)
+
+
+def _copy_package(recipe: Recipe, destination: Path) -> None:
+    for target, source in recipe.package_files():
+        _copy(source, destination / target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
