@@ -31,7 +31,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes `device` on the CPU and, marked gpu, on CUDA; if gpu itself, only there."""
+    """Run what takes `device` on the CPU and, marked gpu, on CUDA; what is gpu, only there."""
     if "device" not in metafunc.fixturenames:
         return
     if metafunc.definition.get_closest_marker("gpu"):

@@ -17,9 +17,9 @@ LENGTH = 7
 def source_id(recipe: Recipe) -> str:
     """The unique part of a kernel id, as kernel-builder makes it.
 
-    In a git checkout: the first digits of HEAD's tree hash, with `_dirty` appended if a tracked file
-    differs from it. Elsewhere (an unpacked archive): the same number of digits of a SHA-256 of what
-    is shipped, where kernel-builder would draw a random number.
+    In a git checkout: the first digits of HEAD's tree hash, with `_dirty` appended if a tracked
+    file differs from it. Elsewhere (an unpacked archive): as many digits of a SHA-256 of what is
+    shipped, where kernel-builder would draw a random number.
     """
     return _git_id(recipe.root) or _content_id(recipe)
 

@@ -19,8 +19,8 @@ DEFAULT_EXTENSIONS = ("py", "pyi")
 class Recipe:
     """The parts of build.toml that decide what is written.
 
-    `root` is the repository; `python_depends[backend]` holds the names that `metadata.json` declares
-    for that backend; `cuda_capabilities` are the capabilities that `get_kernel` admits.
+    `root` is the repository; `python_depends[backend]` holds the names that `metadata.json`
+    declares for that backend; `cuda_capabilities` are the capabilities that `get_kernel` admits.
     """
 
     root: Path

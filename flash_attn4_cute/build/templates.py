@@ -18,7 +18,7 @@ def add_op_namespace_prefix(op_name: str) -> str:
 
 # `kernels` releases that predate <variant>/__init__.py import <variant>/<name>/__init__.py.
 COMPATIBILITY = '''\
-"""Forwards to the variant's own __init__.py, for releases of `kernels` that look here. Generated."""
+"""Forwards to the variant's __init__.py, for old releases of `kernels`. Generated."""
 
 import importlib.util
 import sys
