@@ -1,0 +1,42 @@
+"""Which output tile a CTA computes next."""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+
+@dataclass(frozen=True)
+class WorkTile:
+    """One tile of queries: block `m_block` of head `head` of sequence `batch`."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+
+
+@dataclass(frozen=True)
+class TileScheduler:
+    """Static order over all tiles: CTA i computes tiles i, i + grid, i + 2 grid, ...
+
+    Heads run fastest, so that query heads which share a key head run together and meet its keys in
+    the L2 cache. The last query block comes first: under a causal mask it is the longest, and short
+    tiles fill the end of the launch.
+    """
+
+    num_m_blocks: Int32
+    num_heads: Int32
+    num_batch: Int32
+
+    @cute.jit
+    def num_tiles(self) -> Int32:
+        return self.num_m_blocks * self.num_heads * self.num_batch
+
+    @cute.jit
+    def tile(self, index: Int32) -> WorkTile:
+        """The tile of rank `index` < num_tiles."""
+        head = index % self.num_heads
+        rest = index // self.num_heads
+        batch = rest % self.num_batch
+        m_block = self.num_m_blocks - 1 - rest // self.num_batch
+        return WorkTile(m_block, head, batch)

@@ -1,0 +1,88 @@
+"""Online softmax over the key blocks of a tile (Milakov and Gimelshein 2018; FlashAttention-2, 3.1).
+
+For each row, with c = softmax_scale * log2(e), a reference m and the scores s_j seen so far,
+
+    l = sum_j 2^((s_j - m) c)        O = sum_j 2^((s_j - m) c) v_j
+
+Any m gives the same quotient O / l; the running maximum is the safe choice. As in FlashAttention-4
+(section 3.1), m follows the maximum only when it has fallen behind by more than `RESCALE_THRESHOLD`
+powers of two, so most blocks leave O untouched. The decision is taken row by row: what a row yields
+does not depend on its neighbours in the tile.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32
+
+RESCALE_THRESHOLD = 8.0  # log2: exponentials stay below 2^8, well inside fp16
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class OnlineSoftmax:
+    """Row statistics of the rows that one thread holds, as register tensors of `num_rows` floats."""
+
+    scale_log2: Float32
+    row_max: cute.Tensor
+    row_sum: cute.Tensor  # of this thread's columns only, until `finish`
+
+    @staticmethod
+    def start(softmax_scale: Float32, num_rows: Constexpr[int]) -> "OnlineSoftmax":
+        row_max = cute.make_rmem_tensor(num_rows, Float32)
+        row_sum = cute.make_rmem_tensor(num_rows, Float32)
+        row_max.fill(-Float32.inf)
+        row_sum.fill(0.0)
+        return OnlineSoftmax(softmax_scale * LOG2_E, row_max, row_sum)
+
+    @cute.jit
+    def step(self, acc_S_mn: cute.Tensor, acc_O_mn: cute.Tensor):
+        """Turn one block of scores into probabilities in place, and rescale O if a row asks for it."""
+        num_rows = cute.size(self.row_max)
+        scale_O = cute.make_rmem_tensor(num_rows, Float32)
+        shift = cute.make_rmem_tensor(num_rows, Float32)
+        rescale = False
+        for r in cutlass.range_constexpr(num_rows):
+            m_old = self.row_max[r]
+            m_new = self._quad_max(acc_S_mn[r, None].load(), m_old)
+            # -inf - -inf is NaN and compares false: a row without keys so far keeps m = -inf.
+            behind = (m_new - m_old) * self.scale_log2 > RESCALE_THRESHOLD
+            m = m_new if behind else m_old
+            scale_O[r] = cute.math.exp2((m_old - m) * self.scale_log2, fastmath=True) if behind else 1.0
+            self.row_max[r] = m
+            # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
+            shift[r] = 0.0 if m == -Float32.inf else m * self.scale_log2
+            rescale = behind or rescale
+        if cute.arch.vote_any_sync(rescale):
+            for r in cutlass.range_constexpr(num_rows):
+                self.row_sum[r] = self.row_sum[r] * scale_O[r]
+                acc_O_mn[r, None] = acc_O_mn[r, None].load() * scale_O[r]
+        for r in cutlass.range_constexpr(num_rows):
+            # p_j = 2^((s_j - m) c);  l <- l + sum_j p_j
+            p = cute.math.exp2(acc_S_mn[r, None].load() * self.scale_log2 - shift[r], fastmath=True)
+            acc_S_mn[r, None] = p
+            self.row_sum[r] = p.reduce(cute.ReductionOp.ADD, self.row_sum[r], 0)
+
+    @cute.jit
+    def finish(self, acc_O_mn: cute.Tensor, lse: cute.Tensor):
+        """Divide O by l and write the log-sum-exp of each row; no keys: O = 0, LSE = -inf."""
+        for r in cutlass.range_constexpr(cute.size(self.row_max)):
+            row_sum = self.row_sum[r]
+            for offset in cutlass.range_constexpr(1, 3):
+                row_sum += cute.arch.shuffle_sync_bfly(row_sum, offset=offset)
+            empty = row_sum == 0.0
+            inverse = 0.0 if empty else 1.0 / row_sum
+            acc_O_mn[r, None] = acc_O_mn[r, None].load() * inverse
+            # ln l + m * scale, with scale = c ln 2
+            m_log2 = self.row_max[r] * self.scale_log2
+            lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
+
+    @cute.jit
+    def _quad_max(self, scores, start: Float32) -> Float32:
+        """Maximum over a row: this thread's columns, then the four threads that share the row."""
+        row_max = scores.reduce(cute.ReductionOp.MAX, start, 0)
+        for offset in cutlass.range_constexpr(1, 3):
+            row_max = cute.arch.fmax(row_max, cute.arch.shuffle_sync_bfly(row_max, offset=offset))
+        return row_max

@@ -1,0 +1,67 @@
+"""The card a call runs on, and which variant of the kernels it takes."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# Compute capability -> variant. A variant is machine code for exactly one capability.
+VARIANTS: dict[tuple[int, int], str] = {
+    (9, 0): "sm90a",
+    (12, 0): "sm120a",
+    (12, 1): "sm121a",
+}
+SUPPORTED = "9.0 (H100, H200), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10)"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One CUDA device as the planner sees it."""
+
+    name: str
+    capability: tuple[int, int]
+    num_sms: int
+
+    @property
+    def variant(self) -> str | None:
+        """Name of the variant that runs here, or None."""
+        return VARIANTS.get(self.capability)
+
+
+@functools.cache
+def card(device: torch.device) -> Card:
+    """Describe a CUDA device; asked once per device."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Card(properties.name, capability, properties.multi_processor_count)
+
+
+def variant_for(device: torch.device) -> str:
+    """Variant of the kernels for `device`.
+
+    Raises:
+        NotImplementedError: no variant is built for its compute capability.
+    """
+    found = card(device)
+    if found.variant is None:
+        major, minor = found.capability
+        raise NotImplementedError(
+            f"device={device} is not supported: flash-attn-4 needs compute capability {SUPPORTED}, "
+            f"found {major}.{minor} ({found.name}). Use a supported card, or pass CPU tensors to "
+            f"run the cpu variant"
+        )
+    return found.variant
+
+
+def describe(device: torch.device) -> str:
+    """One line: which variant runs on `device`, and why."""
+    if device.type == "cpu":
+        return "variant cpu: PyTorch operations, because the tensors live on the CPU"
+    found = card(device)
+    major, minor = found.capability
+    if found.variant is None:
+        return f"no variant: {found.name} has capability {major}.{minor}, supported are {SUPPORTED}"
+    return (
+        f"variant {found.variant}: mma.sync kernels, because {found.name} "
+        f"has compute capability {major}.{minor} ({found.num_sms} SMs)"
+    )

@@ -1,0 +1,53 @@
+"""Launches the planned kernel on the tensors of one call."""
+
+from torch import Tensor
+
+from .compiler import compiled_forward, load_cutlass
+from .plan import make_plan
+from .problem import AttentionProblem, AttentionTensors, is_aligned
+
+
+def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
+    """Write `tensors.out` and, if present, `tensors.lse`, on the current stream of the device.
+
+    Raises:
+        NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
+        ImportError: the kernel has to be compiled and nvidia-cutlass-dsl is not installed.
+    """
+    plan = make_plan(problem)
+    out = tensors.out
+    assert out is not None, "the interface allocates the output"
+    if not is_aligned(out):
+        raise NotImplementedError(
+            f"out with strides {tuple(out.stride())} is not supported: the GPU kernels store 16 "
+            f"aligned bytes at a time along a contiguous last dimension; pass a contiguous out"
+        )
+    if out.numel() == 0:
+        return
+    load_cutlass()
+    from .arguments import ForwardArgs
+
+    args = ForwardArgs(
+        _canonical(tensors.q),
+        _canonical(tensors.k),
+        _canonical(tensors.v),
+        _canonical(out),
+        tensors.lse,
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.seqused_q,
+        tensors.seqused_k,
+        problem.softmax_scale,
+        plan.window_left,
+        plan.window_right,
+        problem.seqlen_q,
+    )
+    compiled_forward(plan.key)(args, plan.num_ctas)
+
+
+def _canonical(t: Tensor) -> Tensor:
+    """Give dimensions of size 1, whose stride means nothing, one that TMA accepts."""
+    if all(stride % 8 == 0 for stride in t.stride()[:-1]):
+        return t
+    strides = [8 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return t.as_strided(t.shape, [*strides[:-1], 1])

@@ -1,0 +1,157 @@
+"""AttentionProblem -> Plan: which kernel answers a question, with which tiles.
+
+The plan is decided by the problem and the card alone, never by a tensor's values, so it is computed
+once per problem. What the kernels cannot do is refused here, before anything is written.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from .device import variant_for
+from .mask_rule import Custom, Full
+from .problem import AttentionProblem, Layout
+from .tiles import FORWARD_ROWS, TileConfig
+
+UNLIMITED = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class BandRule:
+    """Which bounds of the band mask exist: all that a kernel is compiled for."""
+
+    has_left: bool
+    has_right: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelKey:
+    """Everything that a compiled forward kernel depends on."""
+
+    variant: str
+    dtype: torch.dtype
+    cfg: TileConfig
+    rule: BandRule
+    q_layout: Layout
+    kv_layout: Layout
+    has_seqused_q: bool
+    has_seqused_k: bool
+    has_lse: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer: a kernel, and the scalars that the problem fixes."""
+
+    key: KernelKey
+    window_left: int
+    window_right: int
+    num_ctas: int  # upper limit of the grid
+    num_splits: int = 1
+
+    def explain(self) -> str:
+        """What will run, for people."""
+        key, cfg = self.key, self.key.cfg
+        bounds = " and ".join(
+            f"{name} {value}"
+            for name, value, has in (
+                ("left", self.window_left, key.rule.has_left),
+                ("right", self.window_right, key.rule.has_right),
+            )
+            if has
+        )
+        return (
+            f"kernel: mma.sync forward for {key.variant}, {key.dtype}, head_dim {cfg.head_dim}, "
+            f"queries {key.q_layout.value}, keys {key.kv_layout.value}\n"
+            f"mask: {'band, ' + bounds if bounds else 'full'}\n"
+            f"tiles: {cfg.block_m} queries x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
+            f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory\n"
+            f"splits: {self.num_splits}\n"
+            f"code: compiled at the first call of this kernel, then kept for the process"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(problem: AttentionProblem) -> Plan:
+    """Choose the kernel for a problem on a CUDA device.
+
+    Raises:
+        NotImplementedError: the card or a feature that the GPU kernels do not have.
+    """
+    variant = variant_for(problem.device)
+    for refusal in _refusals(problem):
+        raise NotImplementedError(refusal)
+    left, right = (None, None)
+    if not isinstance(problem.mask, Full):
+        left, right = problem.mask.left, problem.mask.right
+    key = KernelKey(
+        variant=variant,
+        dtype=problem.dtype,
+        cfg=FORWARD_ROWS[problem.head_dim],
+        rule=BandRule(left is not None, right is not None),
+        q_layout=problem.q_layout,
+        kv_layout=problem.kv_layout,
+        has_seqused_q=problem.has_seqused_q,
+        has_seqused_k=problem.has_seqused_k,
+        has_lse=problem.return_lse,
+    )
+    # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
+    # key numbers stay far from 2^31.
+    longest = problem.seqlen_q + problem.seqlen_k
+    return Plan(
+        key=key,
+        window_left=min(left or 0, longest),
+        window_right=min(right or 0, longest),
+        num_ctas=UNLIMITED,
+    )
+
+
+def forward_rows(variant: str) -> list[TileConfig]:
+    """Every tile configuration that a variant can be asked for."""
+    return list(FORWARD_ROWS.values())
+
+
+def _refusals(p: AttentionProblem):
+    """The reasons, in the user's words, why no GPU kernel answers `p`."""
+    on_cpu = "or pass CPU tensors"
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        yield _refuse("dtype", p.dtype, "the GPU kernels take float16 and bfloat16", "cast q, k, v")
+    if p.head_dim not in FORWARD_ROWS:
+        dims = ", ".join(map(str, FORWARD_ROWS))
+        yield _refuse("head_dim", p.head_dim, f"the GPU kernels take {dims}", f"pad d, {on_cpu}")
+    if p.head_dim_v != p.head_dim:
+        yield _refuse("head_dim_v", p.head_dim_v, f"must equal head_dim={p.head_dim}", "pad v")
+    if isinstance(p.mask, Custom):
+        yield _refuse("mask_mod", p.mask.mask_mod, "not on the GPU yet", f"use window_size, {on_cpu}")
+    if not p.aligned:
+        rule = "the GPU kernels need 16-byte aligned rows with a contiguous last dimension"
+        yield _refuse("q, k, v strides", "unaligned", rule, "call .contiguous() on them")
+    if p.kv_layout is Layout.PAGED:
+        yield _refuse("page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages")
+    if p.q_layout is not p.kv_layout:
+        value = f"queries {p.q_layout.value}, keys {p.kv_layout.value}"
+        yield _refuse("layout", value, "must match on the GPU", "pack both or neither")
+    if p.num_splits > 1:
+        yield _refuse("num_splits", p.num_splits, "split-KV is not on the GPU yet", "pass 0 or 1")
+    if p.pack_gqa:
+        yield _refuse("pack_gqa", True, "packed GQA is not on the GPU yet", "pass None or False")
+    unsupported = {
+        "softcap": (p.softcap, 0.0),
+        "learnable_sink": (p.has_sink, False),
+        "alibi_slopes": (p.has_alibi, False),
+        "score_mod": (p.score_mod, None),
+        "dropout_p": (p.dropout_p, 0.0),
+        "cache_batch_idx": (p.has_kv_batch_idx, False),
+        "cache_leftpad": (p.has_cache_leftpad, False),
+        "requires_grad": (p.requires_grad, False),
+    }
+    for name, (value, off) in unsupported.items():
+        if value != off:
+            yield _refuse(name, value, "not on the GPU yet", f"leave it at {off!r}, {on_cpu}")
+
+
+def _refuse(argument: str, value: object, rule: str, way_out: str) -> str:
+    return f"{argument}={value} is not supported: {rule}; {way_out}"
+
+

@@ -1,0 +1,191 @@
+"""The compute role: one warp owns 32 query rows and takes them from Q K^T to O.
+
+Nothing in this role waits for another compute warp: warps meet only at the ring of K and V blocks.
+Two warps share an SM sub-partition, and drift apart until one runs its softmax while the other keeps
+the tensor core busy.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Type
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import warp
+
+from ..arguments import ForwardArgs
+from ..common.fragments import as_operand_a, rows_and_columns
+from ..common.mask import BandMask
+from ..common.scheduler import TileScheduler, WorkTile
+from ..common.seqlen import SeqlenInfo
+from ..common.softmax import OnlineSoftmax
+from ..tiles import WARP_SIZE, TileConfig
+from .epilogue import Epilogue
+
+
+@dataclass(frozen=True)
+class WarpMma:
+    """The two matrix products of one warp, with operands fetched by `ldmatrix` just in time."""
+
+    cfg: Constexpr[TileConfig]
+    dtype: Constexpr[Type[cutlass.Numeric]]
+    lane: Int32
+
+    def tiled_mma(self) -> cute.TiledMma:
+        op = warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16))
+        return cute.make_tiled_mma(op, (1, 1, 1), permutation_mnk=(16, 16, 16))
+
+    def accumulator(self, columns: int) -> cute.Tensor:
+        shape = self.tiled_mma().partition_shape_C((self.cfg.rows_per_warp, columns))
+        return cute.make_rmem_tensor(shape, Float32)
+
+    @cute.jit
+    def scores(self, acc_S: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
+        """acc_S = Q K^T, Q (32, d) and K (block_n, d) both with d contiguous."""
+        tiled_mma = self.tiled_mma()
+        thr_mma = tiled_mma.get_slice(self.lane)
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
+        copy_Q = cute.make_tiled_copy_A(atom, tiled_mma)
+        copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
+        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
+        tSsK = copy_K.get_slice(self.lane).partition_S(sK)
+        tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
+        tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
+        rQ, rK = copy_Q.retile(tSrQ), copy_K.retile(tSrK)
+        # One ldmatrix.x4 brings a pair of n8 tiles of K.
+        pairs_K = cute.logical_divide(tSrK, (None, 2, None))
+        pairs_S = cute.logical_divide(acc_S, (None, None, 2))
+        acc_S.fill(0.0)
+        for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
+            cute.copy(copy_Q, tSsQ[None, None, k], rQ[None, None, k])
+            for j in cutlass.range_constexpr(cute.size(rK, mode=[1])):
+                cute.copy(copy_K, tSsK[None, j, k], rK[None, j, k])
+                acc = pairs_S[None, None, (None, j)]
+                cute.gemm(
+                    tiled_mma, acc, tSrQ[None, None, k], pairs_K[None, (None, j), k], acc
+                )
+
+    @cute.jit
+    def accumulate(self, acc_O: cute.Tensor, tOrP: cute.Tensor, sVt: cute.Tensor, rows: Int32):
+        """acc_O += P V, V^T (d, block_n) read through `ldmatrix.trans`; V rows >= `rows` count as 0."""
+        tiled_mma = self.tiled_mma()
+        thr_mma = tiled_mma.get_slice(self.lane)
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(True, 4), self.dtype)
+        copy_V = cute.make_tiled_copy_B(atom, tiled_mma)
+        tOsV = copy_V.get_slice(self.lane).partition_S(sVt)
+        tOrV = thr_mma.make_fragment_B(thr_mma.partition_B(sVt))
+        rV = copy_V.retile(tOrV)
+        pairs_V = cute.logical_divide(tOrV, (None, 2, None))
+        pairs_O = cute.logical_divide(acc_O, (None, None, 2))
+        for k in cutlass.range_constexpr(cute.size(tOrP, mode=[2])):
+            for j in cutlass.range_constexpr(cute.size(rV, mode=[1])):
+                cute.copy(copy_V, tOsV[None, j, k], rV[None, j, k])
+                if const_expr(rows is not None):
+                    self._clear_rows(rV[None, j, k], rows - 16 * k)
+                acc = pairs_O[None, None, (None, j)]
+                cute.gemm(
+                    tiled_mma, acc, tOrP[None, None, k], pairs_V[None, (None, j), k], acc
+                )
+
+    @cute.jit
+    def _clear_rows(self, rV: cute.Tensor, rows: Int32):
+        """Zero the V values of rows >= `rows` (0 <= row < 16): 0 * NaN would reach the output.
+
+        A B fragment holds rows 2 (lane % 4) + {0, 1} and the same + 8, for each of two n8 tiles.
+        """
+        values = cute.make_tensor(rV.iterator, cute.make_layout((2, 2, 2)))
+        zero = self.dtype(0.0)
+        for i in cutlass.range_constexpr(2):
+            for half in cutlass.range_constexpr(2):
+                row = 2 * (self.lane % 4) + i + 8 * half
+                for n in cutlass.range_constexpr(2):
+                    values[i, half, n] = zero if row >= rows else values[i, half, n]
+
+
+@dataclass(frozen=True)
+class ComputeRole:
+    """Consumes Q and the ring of K and V blocks, writes O and LSE."""
+
+    cfg: Constexpr[TileConfig]
+    rule: Constexpr[Any]
+    dtype: Constexpr[Type[cutlass.Numeric]]
+    guard_v: Constexpr[bool]  # rows past seqlen_k may hold anything: TMA did not zero them
+    sQ: cute.Tensor
+    sKV: cute.Tensor
+    sVt: cute.Tensor
+    q_ring: Any
+    kv_ring: Any
+    scheduler: TileScheduler
+
+    @cute.jit
+    def run(self, args: ForwardArgs):
+        q_ring, kv_ring = self.q_ring, self.kv_ring
+        cfg = self.cfg
+        lane = cute.arch.lane_idx()
+        warp_rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) * cfg.rows_per_warp
+        mma = WarpMma(cfg, self.dtype, lane)
+        acc_S = mma.accumulator(cfg.block_n)
+        acc_O = mma.accumulator(cfg.head_dim)
+        acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
+        cS = cute.make_identity_tensor((cfg.rows_per_warp, cfg.block_n))
+        cS_mn = rows_and_columns(mma.tiled_mma().get_slice(lane).partition_C(cS))
+        sQ = cute.local_tile(
+            self.sQ[None, None, 0], (cfg.rows_per_warp, cfg.head_dim), (warp_rows // 32, 0)
+        )
+        grid, _, _ = cute.arch.grid_dim()
+        index, _, _ = cute.arch.block_idx()
+        while index < self.scheduler.num_tiles():
+            work = self.scheduler.tile(index)
+            seqlen = SeqlenInfo.of(args, work.batch)
+            tile_row = work.m_block * cfg.block_m
+            if tile_row < seqlen.seqlen_q:
+                mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
+                lo, hi = mask.blocks(
+                    tile_row, cutlass.min(tile_row + cfg.block_m, seqlen.seqlen_q), cfg.block_n
+                )
+                row = tile_row + warp_rows
+                # What this warp's own rows need of [lo, hi); the rest it only passes on.
+                warp_lo, warp_hi = mask.blocks(row, row + cfg.rows_per_warp, cfg.block_n)
+                full_lo, full_hi = mask.full_blocks(row, row + cfg.rows_per_warp, cfg.block_n)
+                if row >= seqlen.seqlen_q:
+                    warp_lo, warp_hi = hi, hi
+                softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
+                acc_O.fill(0.0)
+                if lo < hi:
+                    q_slot = q_ring.wait_and_advance()
+                    for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
+                        kv_ring.wait_and_advance().release()
+                    for i in cutlass.range(warp_hi - warp_lo, unroll=1):
+                        n_block = warp_hi - 1 - i
+                        slot = kv_ring.wait_and_advance()
+                        mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
+                        slot.release()
+                        if n_block < full_lo or n_block >= full_hi:
+                            mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
+                        softmax.step(acc_S_mn, acc_O_mn)
+                        rP = cute.make_fragment_like(acc_S, self.dtype)
+                        rP.store(acc_S.load().to(self.dtype))
+                        slot = kv_ring.wait_and_advance()
+                        rows = seqlen.seqlen_k - n_block * cfg.block_n
+                        self.accumulate(mma, acc_O, rP, slot.index, rows)
+                        slot.release()
+                    for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
+                        kv_ring.wait_and_advance().release()
+                    # The epilogue stages O where this warp's Q rows were; nobody else reads them.
+                    Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+                    q_slot.release()
+                else:
+                    Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+            index += grid
+
+    @cute.jit
+    def accumulate(self, mma: WarpMma, acc_O: cute.Tensor, rP: cute.Tensor, slot: Int32, rows: Int32):
+        """acc_O += P V of one block of which `rows` rows belong to the sequence."""
+        tOrP, sVt = as_operand_a(rP), self.sVt[None, None, slot]
+        if const_expr(self.guard_v):
+            if rows < self.cfg.block_n:
+                mma.accumulate(acc_O, tOrP, sVt, rows)
+            else:
+                mma.accumulate(acc_O, tOrP, sVt, None)
+        else:
+            mma.accumulate(acc_O, tOrP, sVt, None)

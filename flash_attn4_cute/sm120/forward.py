@@ -1,0 +1,131 @@
+"""Forward attention for mma.sync GPUs: sm_120a, sm_121a, sm_90a.
+
+                 q_ring (1 slot)
+    LoadRole  ------------------------->  ComputeRole x 8 warps  --->  O, LSE
+    (1 thread)   kv_ring (K, V, K, V ...)   32 query rows each
+              <-------------------------
+                 slots freed, 8 arrivals
+
+One CTA computes 256 query rows of one head. The load warp streams the key blocks of that tile from
+the last to the first; the eight compute warps consume them at their own pace, each waiting only for
+data. Every slot of the ring holds one block of K or of V and is released by eight arrivals, one a
+compute warp; it is filled by one arrival and its bytes.
+"""
+
+from typing import Type
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, pipeline
+from cutlass.cute.nvgpu import cpasync
+
+from ..arguments import ForwardArgs
+from ..common.scheduler import TileScheduler
+from ..tiles import TileConfig
+from .compute import ComputeRole
+from .load import LoadRole, TmaOperand
+
+SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of one atom: 128, 64 and 32 bytes
+
+
+class ForwardSm120:
+    """The forward kernel for one dtype, one tile configuration and one mask rule."""
+
+    def __init__(self, dtype: Type[cutlass.Numeric], cfg: TileConfig, rule):
+        cfg.check()
+        self.dtype, self.cfg, self.rule = dtype, cfg, rule
+
+    @cute.jit
+    def __call__(self, args: ForwardArgs, num_ctas: Int32, stream):
+        cfg = self.cfg
+        mQ, mK, mV = (rows_first(mX) for mX in (args.mQ, args.mK, args.mV))
+        num_batch = cute.size(args.mQ, mode=[0])
+        if cutlass.const_expr(args.mCuSeqlensQ is not None):
+            num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
+        scheduler = TileScheduler(
+            Int32(cute.ceil_div(args.max_seqlen_q, cfg.block_m)),
+            Int32(cute.size(mQ, mode=[2])),
+            Int32(num_batch),
+        )
+        q_atom, q_tensor = self.tma_load(mQ, cfg.block_m)
+        k_atom, k_tensor = self.tma_load(mK, cfg.block_n)
+        v_atom, v_tensor = self.tma_load(mV, cfg.block_n)
+        tma = ((q_atom, q_tensor), (k_atom, k_tensor), (v_atom, v_tensor))
+        self.kernel(args, tma, scheduler).launch(
+            grid=[cutlass.min(scheduler.num_tiles(), num_ctas), 1, 1],
+            block=[cfg.num_threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    def smem_layout(self, rows: int, stages: int) -> cute.ComposedLayout:
+        """(rows, d, stages) with d contiguous, swizzled so that ldmatrix meets no bank twice."""
+        columns = self.cfg.swizzle_elements
+        atom = cute.make_composed_layout(
+            cute.make_swizzle(SWIZZLE_BITS[columns], 4, 3),
+            0,
+            cute.make_layout((8, columns), stride=(columns, 1)),
+        )
+        return cute.tile_to_shape(atom, (rows, self.cfg.head_dim, stages), order=(0, 1, 2))
+
+    def tma_load(self, mX: cute.Tensor, rows: int):
+        """The copy atom and TMA tensor that load (rows, d) blocks of mX."""
+        layout = cute.slice_(self.smem_layout(rows, 1), (None, None, 0))
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SOp(), mX, layout, (rows, self.cfg.head_dim)
+        )
+
+    def make_ring(self, barriers: cute.Pointer, stages: int, rows: int):
+        """A ring filled by TMA with blocks of `rows` rows and emptied by the compute warps."""
+        return pipeline.PipelineTmaAsync.create(
+            num_stages=stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(
+                pipeline.Agent.Thread, self.cfg.num_compute_warps
+            ),
+            tx_count=rows * self.cfg.head_dim * self.dtype.width // 8,
+            barrier_storage=barriers,
+            cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
+        ).make_participants()
+
+    @cute.kernel
+    def kernel(self, args: ForwardArgs, tma, scheduler: TileScheduler):
+        cfg = self.cfg
+        smem = cutlass.memory.SmemAllocator()
+        q_barriers = smem.allocate_array(cutlass.Int64, 2)
+        kv_barriers = smem.allocate_array(cutlass.Int64, 2 * cfg.kv_stages)
+        q_layout = self.smem_layout(cfg.block_m, 1)
+        kv_layout = self.smem_layout(cfg.block_n, cfg.kv_stages)
+        sQ = smem.allocate_tensor(self.dtype, q_layout.outer, 1024, swizzle=q_layout.inner)
+        sKV = smem.allocate_tensor(self.dtype, kv_layout.outer, 1024, swizzle=kv_layout.inner)
+        q_producer, q_consumer = self.make_ring(q_barriers, 1, cfg.block_m)
+        kv_producer, kv_consumer = self.make_ring(kv_barriers, cfg.kv_stages, cfg.block_n)
+
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp >= cfg.num_compute_warps:
+            cute.arch.setmaxregister_decrease(cfg.registers.load)
+            heads_per_kv_head = scheduler.num_heads // cute.size(tma[1][1], mode=[2])
+            LoadRole(
+                cfg,
+                self.rule,
+                TmaOperand(tma[0][0], tma[0][1], sQ),
+                TmaOperand(tma[1][0], tma[1][1], sKV),
+                TmaOperand(tma[2][0], tma[2][1], sKV),
+                q_producer,
+                kv_producer,
+                scheduler,
+                heads_per_kv_head,
+            ).run(args)
+        else:
+            cute.arch.setmaxregister_increase(cfg.registers.compute)
+            sVt = cute.make_tensor(sKV.iterator, cute.select(sKV.layout, mode=[1, 0, 2]))
+            guard_v = args.mCuSeqlensK is not None or args.mSeqUsedK is not None
+            ComputeRole(
+                cfg, self.rule, self.dtype, guard_v, sQ, sKV, sVt, q_consumer, kv_consumer, scheduler
+            ).run(args)
+
+
+def rows_first(mX: cute.Tensor) -> cute.Tensor:
+    """(b, s, h, d) as (s, d, h, b); (total, h, d) as (total, d, h)."""
+    mode = [1, 3, 2, 0] if cute.rank(mX) == 4 else [0, 2, 1]
+    return cute.make_tensor(mX.iterator, cute.select(mX.layout, mode=mode))

@@ -1,0 +1,99 @@
+"""The load role: one thread of one warp issues every TMA copy of the CTA."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from ..arguments import ForwardArgs
+from ..common.mask import BandMask
+from ..common.scheduler import TileScheduler
+from ..common.seqlen import SeqlenInfo
+from ..tiles import TileConfig
+
+
+@dataclass(frozen=True)
+class TmaOperand:
+    """A copy atom, the tensor it reads as (rows, d, heads[, batch]), and where its tiles land."""
+
+    atom: cute.CopyAtom
+    mX: cute.Tensor
+    sX: cute.Tensor  # (block, d, stages)
+
+    @cute.jit
+    def tiles(self, head: Int32, batch: Int32, offset: Int32):
+        """Shared-memory slots and global tiles of one head of one sequence, ready to copy."""
+        if const_expr(cute.rank(self.mX) == 4):
+            mX = self.mX[None, None, head, batch]
+        else:
+            mX = cute.domain_offset((offset, 0), self.mX[None, None, head])
+        shape = (cute.size(self.sX, mode=[0]), cute.size(self.sX, mode=[1]))
+        gX = cute.local_tile(mX, shape, (None, 0))
+        return cpasync.tma_partition(
+            self.atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(self.sX, 0, 2),
+            cute.group_modes(gX, 0, 2),
+        )
+
+
+@dataclass(frozen=True)
+class LoadRole:
+    """Feeds the Q slot and the ring of K and V blocks, from the last key block to the first."""
+
+    cfg: Constexpr[TileConfig]
+    rule: Constexpr[Any]
+    q: TmaOperand
+    k: TmaOperand
+    v: TmaOperand
+    q_ring: Any
+    kv_ring: Any
+    scheduler: TileScheduler
+    heads_per_kv_head: Int32
+
+    @cute.jit
+    def run(self, args: ForwardArgs):
+        q_ring, kv_ring = self.q_ring, self.kv_ring
+        grid, _, _ = cute.arch.grid_dim()
+        index, _, _ = cute.arch.block_idx()
+        while index < self.scheduler.num_tiles():
+            work = self.scheduler.tile(index)
+            seqlen = SeqlenInfo.of(args, work.batch)
+            row = work.m_block * self.cfg.block_m
+            if row < seqlen.seqlen_q:
+                mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
+                end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
+                lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
+                kv_head = work.head // self.heads_per_kv_head
+                tQsQ, tQgQ = self.q.tiles(work.head, work.batch, seqlen.offset_q)
+                tKsK, tKgK = self.k.tiles(kv_head, work.batch, seqlen.offset_k)
+                tVsV, tVgV = self.v.tiles(kv_head, work.batch, seqlen.offset_k)
+                if lo < hi:
+                    slot = q_ring.acquire_and_advance()
+                    cute.copy(
+                        self.q.atom,
+                        tQgQ[None, work.m_block],
+                        tQsQ[None, slot.index],
+                        tma_bar_ptr=slot.barrier,
+                    )
+                for i in cutlass.range(hi - lo, unroll=1):
+                    n_block = hi - 1 - i
+                    slot = kv_ring.acquire_and_advance()
+                    cute.copy(
+                        self.k.atom,
+                        tKgK[None, n_block],
+                        tKsK[None, slot.index],
+                        tma_bar_ptr=slot.barrier,
+                    )
+                    slot = kv_ring.acquire_and_advance()
+                    cute.copy(
+                        self.v.atom,
+                        tVgV[None, n_block],
+                        tVsV[None, slot.index],
+                        tma_bar_ptr=slot.barrier,
+                    )
+            index += grid
