@@ -1,0 +1,209 @@
+"""From a Case to a call of the kernel as a user makes it, to a verdict.
+
+build(case, device) -> Call --run--> Answer --judge--> AssertionError or nothing
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import acceptance, inputs
+from .cases import Case
+from .oracle import Rule
+
+
+@dataclass
+class Call:
+    """The tensors of one call, and the sequences that they hold as the oracle takes them."""
+
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rule: Rule
+    sequences: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    tensors: dict[str, Any] = field(default_factory=dict)  # lengths, tables: beside q, k, v
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that every public function shares, where they are not default."""
+        case, rule = self.case, self.rule
+        given = {
+            "causal": (case.causal, False),
+            "window_size": (case.window, (None, None)),
+            "softcap": (case.softcap, 0.0),
+            "softmax_scale": (case.softmax_scale, None),
+            "num_splits": (case.num_splits, 0),
+        }
+        options = {name: value for name, (value, default) in given.items() if value != default}
+        if rule.sink is not None:
+            options["s_aux"] = rule.sink
+        if rule.alibi_slopes is not None:
+            options["alibi_slopes"] = rule.alibi_slopes
+        return options
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, sequence by sequence: outs (n, h, d_v), lses (h, n) or None."""
+
+    outs: list[Tensor]
+    lses: list[Tensor] | None
+
+
+def make_rule(case: Case, device: torch.device) -> Rule:
+    gen = inputs.generator(case, device)
+    sink = slopes = None
+    if case.sink:
+        sink = torch.randn(case.heads, generator=gen, device=device).to(case.dtype)
+    if case.alibi:
+        shape = (case.heads,) if case.alibi == "head" else (case.batch, case.heads)
+        slopes = torch.rand(shape, generator=gen, device=device) * 0.3
+    return Rule(
+        causal=case.causal,
+        window=case.window,
+        softmax_scale=case.softmax_scale,
+        softcap=case.softcap,
+        sink=sink,
+        alibi_slopes=slopes,
+    )
+
+
+def build(case: Case, device: torch.device) -> Call:
+    """The tensors of this case, and what the oracle needs."""
+    all_q, all_k, all_v = inputs.draw(case, device)
+    qs, all_q = inputs.keep_used(all_q, case.used_q)
+    ks, all_k = inputs.keep_used(all_k, case.used_k)
+    vs, all_v = inputs.keep_used(all_v, case.used_k)
+    d_v = case.d_v or case.d
+    extra: dict[str, Any] = {}
+    join_q = inputs.stack if case.layout in ("dense", "paged_dense") else inputs.pack
+    q = join_q(all_q, (case.heads, case.d), case.dtype, device)
+    if case.layout.startswith("paged"):
+        counts = [len(x) for x in ks]
+        pages, total = inputs.shuffled_pages(counts, case.page_size, inputs.generator(case, device))
+        k, v = (inputs.fill_pages(xs, pages, total, case.page_size) for xs in (ks, vs))
+        width = max(map(len, pages)) + 2
+        extra["block_table"] = inputs.page_table(pages, width, device)
+        extra["seqused_k"] = inputs.int32(case.used_k or counts, device)
+    else:
+        join = inputs.stack if case.layout == "dense" else inputs.pack
+        k = join(all_k, (case.heads_kv, case.d), case.dtype, device)
+        v = join(all_v, (case.heads_kv, d_v), case.dtype, device)
+        if case.used_k is not None:
+            extra["seqused_k"] = inputs.int32(case.used_k, device)
+    if case.layout in ("varlen", "paged"):
+        extra["cu_seqlens_q"] = inputs.cumulative(all_q, device)
+        extra["max_seqlen_q"] = max(case.seqlens_q, default=0)
+    if case.layout == "varlen":
+        extra["cu_seqlens_k"] = inputs.cumulative(all_k, device)
+        extra["max_seqlen_k"] = max(case.seqlens_k, default=0)
+    if case.used_q is not None:
+        extra["seqused_q"] = inputs.int32(case.used_q, device)
+    q, k, v = inputs.PLACEMENTS[case.strides](q, k, v)
+    return Call(case, q, k, v, make_rule(case, device), (qs, ks, vs), extra)
+
+
+# --- Call -> Answer -------------------------------------------------------------------------------
+
+
+def call_dense(fa4: ModuleType, call: Call, **options: Any) -> Any:
+    return fa4.flash_attn_func(call.q, call.k, call.v, **options)
+
+
+def call_varlen(fa4: ModuleType, call: Call, **options: Any) -> Any:
+    named = dict(call.tensors)
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    positional = [named.pop(name, None) for name in names]
+    if positional[3] is None:
+        positional[3] = max(call.case.seqlens_k, default=0)
+    return fa4.flash_attn_varlen_func(call.q, call.k, call.v, *positional, **named, **options)
+
+
+def call_kvcache(fa4: ModuleType, call: Call, **options: Any) -> Any:
+    named = dict(call.tensors)
+    named["cache_seqlens"] = named.pop("seqused_k")
+    return fa4.flash_attn_with_kvcache(call.q, call.k, call.v, **named, **options)
+
+
+def call_engine(fa4: ModuleType, call: Call, *, window_size=(None, None), **options: Any) -> Any:
+    """The call of serving engines; the only one that takes dense q with lengths."""
+    left, right = window_size or (None, None)
+    if "s_aux" in options:
+        options["learnable_sink"] = options.pop("s_aux")
+    return fa4.interface._flash_attn_fwd(
+        call.q,
+        call.k,
+        call.v,
+        window_size_left=left,
+        window_size_right=right,
+        **call.tensors,
+        **options,
+    )
+
+
+def caller(case: Case) -> Callable[..., Any]:
+    """The public function that answers this layout."""
+    if case.layout == "dense":
+        return call_dense if case.used_q is None and case.used_k is None else call_engine
+    return call_kvcache if case.layout == "paged_dense" else call_varlen
+
+
+def cut(call: Call, out: Tensor, lse: Tensor | None) -> Answer:
+    """The rows of each sequence that count. lse: (b, h, sq), or (h, total_q) for packed q."""
+    counts = [len(x) for x in call.sequences[0]]
+    if out.ndim == 4:
+        outs = [out[b, :n] for b, n in enumerate(counts)]
+        return Answer(outs, None if lse is None else [lse[b, :, :n] for b, n in enumerate(counts)])
+    starts = call.tensors["cu_seqlens_q"].tolist()[:-1]
+    spans = [slice(a, a + n) for a, n in zip(starts, counts, strict=True)]
+    return Answer([out[s] for s in spans], None if lse is None else [lse[:, s] for s in spans])
+
+
+def run_uncut(fa4: ModuleType, call: Call, **changes: Any) -> tuple[Tensor, Tensor | None]:
+    """Call the kernel -> (out, lse); `changes` replace or add keyword arguments."""
+    options = call.options | {"return_lse": call.case.return_lse} | changes
+    result = caller(call.case)(fa4, call, **options)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    assert (lse is not None) == options["return_lse"] or caller(call.case) is call_engine
+    return out, lse
+
+
+def run(fa4: ModuleType, call: Call, **changes: Any) -> Answer:
+    """The same, cut into sequences. Waits for a GPU; run_uncut does not."""
+    return cut(call, *run_uncut(fa4, call, **changes))
+
+
+# --- Answer -> verdict ----------------------------------------------------------------------------
+
+
+def judge(call: Call, answer: Answer) -> None:
+    """Every sequence against the oracle, by acceptance's rule."""
+    for b, (q, k, v) in enumerate(zip(*call.sequences, strict=True)):
+        ref = acceptance.reference(q, k, v, call.rule, b)
+        lse = None if answer.lses is None else answer.lses[b]
+        acceptance.check(answer.outs[b], lse, ref, f"{call.case.name}, sequence {b}")
+
+
+def verify(fa4: ModuleType, case: Case, device: torch.device) -> None:
+    """The whole way; on a GPU, what its kernels lack must be refused by the argument's name."""
+    call = build(case, device)
+    missing = case.missing_on_gpu() if device.type == "cuda" else None
+    if missing is None:
+        judge(call, run(fa4, call))
+        return
+    with pytest.raises(NotImplementedError, match=missing):
+        run(fa4, call)
+
+
+def same_bits(a: Answer, b: Answer) -> bool:
+    """Whether two answers are equal bit for bit."""
+    outs = all(torch.equal(x, y) for x, y in zip(a.outs, b.outs, strict=True))
+    if a.lses is None or b.lses is None:
+        return outs
+    return outs and all(torch.equal(x, y) for x, y in zip(a.lses, b.lses, strict=True))
