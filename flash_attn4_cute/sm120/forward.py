@@ -104,18 +104,19 @@ class ForwardSm120:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp >= cfg.num_compute_warps:
             cute.arch.setmaxregister_decrease(cfg.registers.load)
-            heads_per_kv_head = scheduler.num_heads // cute.size(tma[1][1], mode=[2])
-            LoadRole(
-                cfg,
-                self.rule,
-                TmaOperand(tma[0][0], tma[0][1], sQ),
-                TmaOperand(tma[1][0], tma[1][1], sKV),
-                TmaOperand(tma[2][0], tma[2][1], sKV),
-                q_producer,
-                kv_producer,
-                scheduler,
-                heads_per_kv_head,
-            ).run(args)
+            if warp == cfg.load_warp:
+                heads_per_kv_head = scheduler.num_heads // cute.size(tma[1][1], mode=[2])
+                LoadRole(
+                    cfg,
+                    self.rule,
+                    TmaOperand(tma[0][0], tma[0][1], sQ),
+                    TmaOperand(tma[1][0], tma[1][1], sKV),
+                    TmaOperand(tma[2][0], tma[2][1], sKV),
+                    q_producer,
+                    kv_producer,
+                    scheduler,
+                    heads_per_kv_head,
+                ).run(args)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.compute)
             sVt = cute.make_tensor(sKV.iterator, cute.select(sKV.layout, mode=[1, 0, 2]))
