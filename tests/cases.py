@@ -71,7 +71,7 @@ class Case:
         return (self.dtype, self.d, self.bounds, self.layout, used, self.return_lse)
 
     def missing_on_gpu(self) -> str | None:
-        """Pattern of the argument that the GPU kernels refuse, None if they answer this case."""
+        """Pattern of the arguments that the GPU kernels refuse, None if they answer this case."""
         reasons = (
             (self.dtype not in HALF_DTYPES, "dtype"),
             (self.layout.startswith("paged"), "page_table|block_table"),
@@ -83,7 +83,7 @@ class Case:
             (self.num_splits > 1, "num_splits"),
             (self.strides in UNALIGNED_STRIDES, "stride|align"),
         )
-        return next((pattern for applies, pattern in reasons if applies), None)
+        return "|".join(pattern for applies, pattern in reasons if applies) or None
 
 
 # --- masks --------------------------------------------------------------------------------------

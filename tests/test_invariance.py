@@ -53,8 +53,10 @@ def test_fa2595_rows_do_not_depend_on_the_batch(fa4, device, mask):
 @pytest.mark.parametrize("chunk", [1, 16, 100, 128, 200])
 @pytest.mark.parametrize("window", [(None, None), (70, 0)], ids=["causal", "window"])
 def test_fa2595_chunked_prefill_gives_the_same_bits(fa4, device, chunk, window):
-    """FA#2595: a masked tile computed exp2 otherwise than an unmasked one. Causal prefill in chunks,
-    each against the keys up to its end, equals prefill at once, row by row and bit by bit."""
+    """FA#2595: masked tiles computed exp2 otherwise than unmasked ones.
+
+    Causal prefill in chunks, each against the keys up to its end, equals prefill at once.
+    """
     length = 400
     case = Case(name="chunks", seqlens_q=(length,), seqlens_k=(length,), causal=True, window=window)
     call = harness.build(case, device)
