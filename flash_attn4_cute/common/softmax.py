@@ -38,32 +38,36 @@ class OnlineSoftmax:
         return OnlineSoftmax(softmax_scale * LOG2_E, row_max, row_sum)
 
     @cute.jit
-    def step(self, acc_S_mn: cute.Tensor, acc_O_mn: cute.Tensor):
-        """Turn one block of scores into probabilities in place, and rescale O if a row asks for it."""
+    def update(self, acc_S_mn: cute.Tensor, acc_O_mn: cute.Tensor):
+        """Let m follow the scores of one block, and rescale l and O where m moved."""
         num_rows = cute.size(self.row_max)
-        scale_O = cute.make_rmem_tensor(num_rows, Float32)
-        shift = cute.make_rmem_tensor(num_rows, Float32)
+        m_new = self._quad_max(acc_S_mn)
+        scale = cute.make_rmem_tensor(num_rows, Float32)
         rescale = False
         for r in cutlass.range_constexpr(num_rows):
             m_old = self.row_max[r]
-            m_new = self._quad_max(acc_S_mn[r, None].load(), m_old)
             # -inf - -inf is NaN and compares false: a row without keys so far keeps m = -inf.
-            behind = (m_new - m_old) * self.scale_log2 > RESCALE_THRESHOLD
-            m = m_new if behind else m_old
-            scale_O[r] = cute.math.exp2((m_old - m) * self.scale_log2, fastmath=True) if behind else 1.0
+            behind = (m_new[r] - m_old) * self.scale_log2 > RESCALE_THRESHOLD
+            m = m_new[r] if behind else m_old
+            scale[r] = cute.math.exp2((m_old - m) * self.scale_log2, fastmath=True) if behind else 1.0
             self.row_max[r] = m
-            # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
-            shift[r] = 0.0 if m == -Float32.inf else m * self.scale_log2
             rescale = behind or rescale
         if cute.arch.vote_any_sync(rescale):
             for r in cutlass.range_constexpr(num_rows):
-                self.row_sum[r] = self.row_sum[r] * scale_O[r]
-                acc_O_mn[r, None] = acc_O_mn[r, None].load() * scale_O[r]
-        for r in cutlass.range_constexpr(num_rows):
-            # p_j = 2^((s_j - m) c);  l <- l + sum_j p_j
-            p = cute.math.exp2(acc_S_mn[r, None].load() * self.scale_log2 - shift[r], fastmath=True)
-            acc_S_mn[r, None] = p
-            self.row_sum[r] = p.reduce(cute.ReductionOp.ADD, self.row_sum[r], 0)
+                self.row_sum[r] = self.row_sum[r] * scale[r]
+                acc_O_mn[r, None] = acc_O_mn[r, None].load() * scale[r]
+
+    @cute.jit
+    def exponentials(self, acc_S_mn: cute.Tensor):
+        """Turn some columns of the block into p_j = 2^((s_j - m) c) in place; l <- l + sum_j p_j."""
+        for r in cutlass.range_constexpr(cute.size(self.row_max)):
+            # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
+            m = self.row_max[r]
+            shift = 0.0 if m == -Float32.inf else m * self.scale_log2
+            for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
+                p = cute.math.exp2(acc_S_mn[r, c] * self.scale_log2 - shift, fastmath=True)
+                acc_S_mn[r, c] = p
+                self.row_sum[r] = self.row_sum[r] + p
 
     @cute.jit
     def finish(self, acc_O_mn: cute.Tensor, lse: cute.Tensor):
@@ -80,9 +84,21 @@ class OnlineSoftmax:
             lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
 
     @cute.jit
-    def _quad_max(self, scores, start: Float32) -> Float32:
-        """Maximum over a row: this thread's columns, then the four threads that share the row."""
-        row_max = scores.reduce(cute.ReductionOp.MAX, start, 0)
+    def _quad_max(self, acc_S_mn: cute.Tensor) -> cute.Tensor:
+        """Maxima over the rows: this thread's columns, then the four threads that share a row.
+
+        Column by column, so that the rows' chains of dependent maxima overlap.
+        """
+        row_max = cute.make_fragment_like(self.row_max)
+        row_max.store(self.row_max.load())
+        num_rows = cute.size(row_max)
+        for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
+            for r in cutlass.range_constexpr(num_rows):
+                row_max[r] = cute.arch.fmax(row_max[r], acc_S_mn[r, c])
         for offset in cutlass.range_constexpr(1, 3):
-            row_max = cute.arch.fmax(row_max, cute.arch.shuffle_sync_bfly(row_max, offset=offset))
+            other = cute.make_fragment_like(row_max)
+            for r in cutlass.range_constexpr(num_rows):
+                other[r] = cute.arch.shuffle_sync_bfly(row_max[r], offset=offset)
+            for r in cutlass.range_constexpr(num_rows):
+                row_max[r] = cute.arch.fmax(row_max[r], other[r])
         return row_max

@@ -6,7 +6,7 @@ the tensor core busy.
 """
 
 from dataclasses import dataclass
-from typing import Any, Type
+from typing import Any, Optional, Type
 
 import cutlass
 import cutlass.cute as cute
@@ -16,10 +16,10 @@ from cutlass.cute.nvgpu import warp
 from ..arguments import ForwardArgs
 from ..common.fragments import as_operand_a, rows_and_columns
 from ..common.mask import BandMask
-from ..common.scheduler import TileScheduler, WorkTile
+from ..common.scheduler import TileScheduler
 from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
-from ..tiles import WARP_SIZE, TileConfig
+from ..tiles import TileConfig
 from .epilogue import Epilogue
 
 
@@ -66,8 +66,19 @@ class WarpMma:
                 )
 
     @cute.jit
-    def accumulate(self, acc_O: cute.Tensor, tOrP: cute.Tensor, sVt: cute.Tensor, rows: Int32):
-        """acc_O += P V, V^T (d, block_n) read through `ldmatrix.trans`; V rows >= `rows` count as 0."""
+    def accumulate(
+        self,
+        acc_O: cute.Tensor,
+        acc_S: cute.Tensor,
+        softmax: OnlineSoftmax,
+        sVt: cute.Tensor,
+        rows: Optional[Int32],
+    ):
+        """acc_O += P V, with P = exponentials of acc_S; V^T is (d, block_n), read by `ldmatrix.trans`.
+
+        V rows >= `rows`, if given, count as 0. The exponentials of one k16 step are issued before
+        the products of the step before it, so that the two units work at the same time.
+        """
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(True, 4), self.dtype)
@@ -77,15 +88,24 @@ class WarpMma:
         rV = copy_V.retile(tOrV)
         pairs_V = cute.logical_divide(tOrV, (None, 2, None))
         pairs_O = cute.logical_divide(acc_O, (None, None, 2))
-        for k in cutlass.range_constexpr(cute.size(tOrP, mode=[2])):
-            for j in cutlass.range_constexpr(cute.size(rV, mode=[1])):
-                cute.copy(copy_V, tOsV[None, j, k], rV[None, j, k])
-                if const_expr(rows is not None):
-                    self._clear_rows(rV[None, j, k], rows - 16 * k)
-                acc = pairs_O[None, None, (None, j)]
-                cute.gemm(
-                    tiled_mma, acc, tOrP[None, None, k], pairs_V[None, (None, j), k], acc
-                )
+        steps_S = cute.logical_divide(acc_S, (None, None, 2))
+        rP = cute.make_fragment_like(acc_S, self.dtype)
+        steps_P = cute.logical_divide(rP, (None, None, 2))
+        num_steps = cute.size(tOrV, mode=[2])
+        for step in cutlass.range_constexpr(num_steps + 1):
+            if const_expr(step < num_steps):
+                columns = steps_S[None, None, (None, step)]
+                softmax.exponentials(rows_and_columns(columns))
+                steps_P[None, None, (None, step)].store(columns.load().to(self.dtype))
+            if const_expr(step > 0):
+                k = step - 1
+                tOrP = as_operand_a(steps_P[None, None, (None, k)])[None, None, 0]
+                for j in cutlass.range_constexpr(cute.size(rV, mode=[1])):
+                    cute.copy(copy_V, tOsV[None, j, k], rV[None, j, k])
+                    if const_expr(rows is not None):
+                        self._clear_rows(rV[None, j, k], rows - 16 * k)
+                    acc = pairs_O[None, None, (None, j)]
+                    cute.gemm(tiled_mma, acc, tOrP, pairs_V[None, (None, j), k], acc)
 
     @cute.jit
     def _clear_rows(self, rV: cute.Tensor, rows: Int32):
@@ -162,12 +182,17 @@ class ComputeRole:
                         slot.release()
                         if n_block < full_lo or n_block >= full_hi:
                             mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
-                        softmax.step(acc_S_mn, acc_O_mn)
-                        rP = cute.make_fragment_like(acc_S, self.dtype)
-                        rP.store(acc_S.load().to(self.dtype))
+                        softmax.update(acc_S_mn, acc_O_mn)
                         slot = kv_ring.wait_and_advance()
+                        sVt = self.sVt[None, None, slot.index]
                         rows = seqlen.seqlen_k - n_block * cfg.block_n
-                        self.accumulate(mma, acc_O, rP, slot.index, rows)
+                        if const_expr(self.guard_v):
+                            if rows < cfg.block_n:
+                                mma.accumulate(acc_O, acc_S, softmax, sVt, rows)
+                            else:
+                                mma.accumulate(acc_O, acc_S, softmax, sVt, None)
+                        else:
+                            mma.accumulate(acc_O, acc_S, softmax, sVt, None)
                         slot.release()
                     for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
                         kv_ring.wait_and_advance().release()
@@ -177,15 +202,3 @@ class ComputeRole:
                 else:
                     Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
             index += grid
-
-    @cute.jit
-    def accumulate(self, mma: WarpMma, acc_O: cute.Tensor, rP: cute.Tensor, slot: Int32, rows: Int32):
-        """acc_O += P V of one block of which `rows` rows belong to the sequence."""
-        tOrP, sVt = as_operand_a(rP), self.sVt[None, None, slot]
-        if const_expr(self.guard_v):
-            if rows < self.cfg.block_n:
-                mma.accumulate(acc_O, tOrP, sVt, rows)
-            else:
-                mma.accumulate(acc_O, tOrP, sVt, None)
-        else:
-            mma.accumulate(acc_O, tOrP, sVt, None)
