@@ -1,0 +1,44 @@
+# Everything a person or a CI machine does here. `make help` lists the targets.
+#
+# Nothing has to be installed beforehand but Python 3.11 or newer and, for the emulator's tests, g++.
+
+PYTHON ?= python3
+VENV := .venv/bin
+REPO_ID := flash-attn-4-org/flash-attn-4
+# Options for pytest, as in: make test PYTEST="-k causal"
+PYTEST ?=
+
+.PHONY: help setup build demo test test-gpu lint clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 16
+
+setup: ## create .venv with all that developing needs
+	@$(PYTHON) scripts/setup_env.py dev
+
+build: ## assemble build/torch-cuda and build/torch-cpu, as get_kernel loads them
+	@$(PYTHON) scripts/setup_env.py demo
+	@$(VENV)/python -m flash_attn4_cute.build
+
+demo: ## generate text with a language model, once with this kernel and once with eager attention
+	@$(PYTHON) scripts/setup_env.py demo && $(VENV)/python -m flash_attn4_cute.build \
+		|| { echo "demo: FAILED setting up or building, see above"; exit 1; }
+	@LOCAL_KERNELS="$(REPO_ID)=$(CURDIR)/build" $(VENV)/python examples/generate.py
+
+test: ## run every test that needs no GPU
+	@$(PYTHON) scripts/setup_env.py test
+	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "not gpu" -n 2 --dist worksteal $(PYTEST)
+
+test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTHON
+	$(PYTHON) -m pytest -m gpu $(PYTEST)
+
+lint: ## ruff, ruff format and mypy, as CI and pre-commit run them
+	@$(PYTHON) scripts/setup_env.py lint
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check .
+	@$(VENV)/mypy
+
+clean: ## remove what was generated, but for .venv and .cache
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
