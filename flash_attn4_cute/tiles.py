@@ -32,6 +32,7 @@ class TileConfig:
     head_dim: int
     block_n: int
     kv_stages: int
+    q_in_registers: bool = False
     num_compute_warps: int = 8
     rows_per_warp: int = 32
     registers: RegisterBudget = RegisterBudget(load=24, compute=240)

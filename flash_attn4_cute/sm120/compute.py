@@ -40,30 +40,52 @@ class WarpMma:
         return cute.make_rmem_tensor(shape, Float32)
 
     @cute.jit
-    def scores(self, acc_S: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
+    def query_fragment(self, sQ: cute.Tensor) -> cute.Tensor:
+        """Registers for Q (32, d) as the A operand, filled if they are to stay for the whole tile."""
+        thr_mma = self.tiled_mma().get_slice(self.lane)
+        tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
+        if const_expr(self.cfg.q_in_registers):
+            for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
+                self._load_queries(sQ, tSrQ, k)
+        return tSrQ
+
+    @cute.jit
+    def _load_queries(self, sQ: cute.Tensor, tSrQ: cute.Tensor, k: Constexpr[int]):
+        """Bring k16 step `k` of Q from shared memory."""
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
+        copy_Q = cute.make_tiled_copy_A(atom, self.tiled_mma())
+        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
+        cute.copy(copy_Q, tSsQ[None, None, k], copy_Q.retile(tSrQ)[None, None, k])
+
+    @cute.jit
+    def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
         """acc_S = Q K^T, Q (32, d) and K (block_n, d) both with d contiguous."""
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_Q = cute.make_tiled_copy_A(atom, tiled_mma)
         copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
-        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
         tSsK = copy_K.get_slice(self.lane).partition_S(sK)
-        tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
         tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
-        rQ, rK = copy_Q.retile(tSrQ), copy_K.retile(tSrK)
-        # One ldmatrix.x4 brings a pair of n8 tiles of K.
+        rK = copy_K.retile(tSrK)
+        # One ldmatrix.x4 brings a pair of n8 tiles of K. Each is issued one product ahead of its
+        # use, or the tensor core would wait for it every time.
         pairs_K = cute.logical_divide(tSrK, (None, 2, None))
         pairs_S = cute.logical_divide(acc_S, (None, None, 2))
         acc_S.fill(0.0)
-        for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
-            cute.copy(copy_Q, tSsQ[None, None, k], rQ[None, None, k])
-            for j in cutlass.range_constexpr(cute.size(rK, mode=[1])):
-                cute.copy(copy_K, tSsK[None, j, k], rK[None, j, k])
-                acc = pairs_S[None, None, (None, j)]
-                cute.gemm(
-                    tiled_mma, acc, tSrQ[None, None, k], pairs_K[None, (None, j), k], acc
-                )
+        num_pairs, num_steps = cute.size(rK, mode=[1]), cute.size(tSrQ, mode=[2])
+        fetch_Q = not self.cfg.q_in_registers
+        if const_expr(fetch_Q):
+            self._load_queries(sQ, tSrQ, 0)
+        cute.copy(copy_K, tSsK[None, 0, 0], rK[None, 0, 0])
+        for unit in cutlass.range_constexpr(num_pairs * num_steps):
+            k, j = unit // num_pairs, unit % num_pairs
+            next_k, next_j = (unit + 1) // num_pairs, (unit + 1) % num_pairs
+            if const_expr(next_k < num_steps):
+                if const_expr(fetch_Q and next_j == 0):
+                    self._load_queries(sQ, tSrQ, next_k)
+                cute.copy(copy_K, tSsK[None, next_j, next_k], rK[None, next_j, next_k])
+            acc = pairs_S[None, None, (None, j)]
+            cute.gemm(tiled_mma, acc, tSrQ[None, None, k], pairs_K[None, (None, j), k], acc)
 
     @cute.jit
     def accumulate(
@@ -91,7 +113,8 @@ class WarpMma:
         steps_S = cute.logical_divide(acc_S, (None, None, 2))
         rP = cute.make_fragment_like(acc_S, self.dtype)
         steps_P = cute.logical_divide(rP, (None, None, 2))
-        num_steps = cute.size(tOrV, mode=[2])
+        num_pairs, num_steps = cute.size(rV, mode=[1]), cute.size(tOrV, mode=[2])
+        cute.copy(copy_V, tOsV[None, 0, 0], rV[None, 0, 0])
         for step in cutlass.range_constexpr(num_steps + 1):
             if const_expr(step < num_steps):
                 columns = steps_S[None, None, (None, step)]
@@ -100,8 +123,10 @@ class WarpMma:
             if const_expr(step > 0):
                 k = step - 1
                 tOrP = as_operand_a(steps_P[None, None, (None, k)])[None, None, 0]
-                for j in cutlass.range_constexpr(cute.size(rV, mode=[1])):
-                    cute.copy(copy_V, tOsV[None, j, k], rV[None, j, k])
+                for j in cutlass.range_constexpr(num_pairs):
+                    if const_expr(k * num_pairs + j + 1 < num_steps * num_pairs):
+                        next_k, next_j = (k, j + 1) if j + 1 < num_pairs else (k + 1, 0)
+                        cute.copy(copy_V, tOsV[None, next_j, next_k], rV[None, next_j, next_k])
                     if const_expr(rows is not None):
                         self._clear_rows(rV[None, j, k], rows - 16 * k)
                     acc = pairs_O[None, None, (None, j)]
@@ -173,12 +198,13 @@ class ComputeRole:
                 acc_O.fill(0.0)
                 if lo < hi:
                     q_slot = q_ring.wait_and_advance()
+                    tSrQ = mma.query_fragment(sQ)
                     for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                         kv_ring.wait_and_advance().release()
                     for i in cutlass.range(warp_hi - warp_lo, unroll=1):
                         n_block = warp_hi - 1 - i
                         slot = kv_ring.wait_and_advance()
-                        mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
+                        mma.scores(acc_S, tSrQ, sQ, self.sKV[None, None, slot.index])
                         slot.release()
                         if n_block < full_lo or n_block >= full_hi:
                             mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
