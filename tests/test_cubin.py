@@ -1,0 +1,133 @@
+"""What the compiler made of each plan row, read from the machine code, on any machine.
+
+Every row is compiled for every variant. cuobjdump (package nvidia-cuda-cuobjdump) reads registers,
+stack and static shared memory from the cubin; the PTX shows setmaxnreg. What is measured must be
+within what the row states, and what the row states within what the card has.
+"""
+
+import fcntl
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from . import cross_compile
+from .conftest import ROOT
+from .ptx_lint import suspects
+
+SMEM_LIMIT = 101_376  # bytes a CTA may opt in to on sm_120 and sm_121 (CUDA C++ guide, table 30)
+SMEM_RESERVED = 1_024  # bytes the driver takes of each CTA's static share, on sm_90 and later
+REGISTER_FILE = 65_536
+MAX_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel: its key, PTX, and what cuobjdump says of its cubin."""
+
+    key: object
+    ptx: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def find_cuobjdump() -> str:
+    """Path of cuobjdump: the package's, else the one of an installed toolkit."""
+    try:
+        files = metadata.files("nvidia-cuda-cuobjdump") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    packaged = [str(f.locate()) for f in files if f.name == "cuobjdump"]
+    found = packaged[0] if packaged else shutil.which("cuobjdump")
+    return found or pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump")
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of the one kernel in a cubin."""
+    command = [find_cuobjdump(), "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in text.splitlines() if "REG:" in line]
+    assert len(lines) == 1, text
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", lines[0])}
+
+
+@pytest.fixture(scope="session", params=cross_compile.VARIANTS)
+def compiled(request, tmp_path_factory) -> dict[str, Compiled]:
+    """name -> Compiled for every key of one variant, compiled once a test run."""
+    pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
+    variant, base = request.param, tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+    directory = shared / f"cubin-{variant}"
+    directory.mkdir(exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "keys.json").exists():
+            command = [sys.executable, "-m", "tests.cross_compile", variant, str(directory)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+    kernels = {}
+    for name, key in cross_compile.keys(variant).items():
+        used = resources(directory / f"{name}.cubin")
+        kernels[name] = Compiled(
+            key,
+            (directory / f"{name}.ptx").read_text(),
+            *(used[field] for field in ("REG", "STACK", "LOCAL", "SHARED")),
+        )
+    return kernels
+
+
+def test_every_row_compiles(compiled):
+    """Each row yields a kernel, for the variant's own architecture."""
+    for name, kernel in compiled.items():
+        arch = kernel.key.variant.replace("sm", "sm_")
+        assert re.search(rf"^\.target {arch}\b", kernel.ptx, re.M), name
+
+
+def test_registers_fit_the_card(compiled):
+    """At launch every thread has REG registers; after setmaxnreg each role its own number."""
+    for name, kernel in compiled.items():
+        cfg = kernel.key.cfg
+        assert kernel.registers <= MAX_REGISTERS, name
+        assert kernel.registers * cfg.num_threads <= REGISTER_FILE, name
+        changes = re.findall(r"setmaxnreg\.(inc|dec)\S*\s+(\d+)", kernel.ptx)
+        stated = {("inc", cfg.registers.compute), ("dec", cfg.registers.load)}
+        assert {(kind, int(n)) for kind, n in changes} == stated, name
+
+
+def test_nothing_is_spilled_beyond_what_the_row_states(compiled):
+    """Stack and local memory are spilled registers or arrays indexed at run time."""
+    found = {
+        name: f"{kernel.stack} bytes of stack, {kernel.local} local"
+        for name, kernel in compiled.items()
+        if kernel.stack + kernel.local > getattr(kernel.key.cfg, "stack_bytes", 0)
+    }
+    assert found == {}
+
+
+def test_shared_memory_fits_the_card(compiled):
+    """FA#2594: the budget at every head dimension. Dynamic by the row, static by the cubin."""
+    for name, kernel in compiled.items():
+        static = max(0, kernel.shared - SMEM_RESERVED)
+        assert static + kernel.key.cfg.smem_bytes <= SMEM_LIMIT, name
+
+
+def test_every_kernel_carries_its_rings(compiled):
+    """The frozen-ring lint, and that there are waits in the PTX for it to look at."""
+    for name, kernel in compiled.items():
+        assert "mbarrier.try_wait.parity" in kernel.ptx, name
+        assert [str(s) for s in suspects(kernel.ptx)] == [], name
+
+
+def test_a_row_for_every_variant_and_head_dim():
+    """No variant lacks a head dimension that another has."""
+    dims = {v: sorted(k.cfg.head_dim for k in cross_compile.keys(v).values()) for v in
+            cross_compile.VARIANTS}  # fmt: skip
+    assert len({tuple(d) for d in dims.values()}) == 1
+    assert {64, 96, 128} <= set(dims["sm120a"])
