@@ -33,7 +33,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Custom:
-    """The keys of `band` for which mask_mod(b, h, q_idx, kv_idx, seqlen_info, aux_tensors) holds."""
+    """The keys of `band` that mask_mod(b, h, q_idx, kv_idx, seqlen_info, aux_tensors) admits."""
 
     mask_mod: Callable
     band: Band | Full = Full()

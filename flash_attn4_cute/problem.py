@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import validation
+from . import checks, validation
 from .mask_rule import FULL, Band, Custom, Full, MaskRule, band_of, make_mask_rule
 
 __all__ = [
@@ -82,10 +82,11 @@ class AttentionTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:
-    """The arguments of one call that are not tensors, in canonical form.
+    """The arguments of one call that are not tensors, brought into canonical form.
 
-    softmax_scale None is 1 / sqrt(d); softcap 0.0 is off; num_splits 0 lets the plan decide;
-    a maximum of None is derived from the tensors' shapes.
+    softmax_scale None is 1 / sqrt(d); softcap 0.0 or None is off; num_splits 0 lets the plan
+    decide; a maximum of None is derived from the tensors' shapes. NumPy numbers and 0-d CPU
+    tensors become plain numbers, so that one kernel serves them all.
     """
 
     mask: MaskRule = FULL
@@ -100,6 +101,18 @@ class AttentionOptions:
     max_seqlen_k: int | None = None
     return_lse: bool = False
     requires_grad: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("softmax_scale", "softcap", "dropout_p"):
+            value = getattr(self, name)
+            if type(value) is not float and value is not None:
+                object.__setattr__(self, name, checks.as_float(name, value))
+        if self.softcap is None:
+            object.__setattr__(self, "softcap", 0.0)
+        for name in ("num_splits", "max_seqlen_q", "max_seqlen_k"):
+            value = getattr(self, name)
+            if type(value) is not int and value is not None:
+                object.__setattr__(self, name, checks.as_int(name, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

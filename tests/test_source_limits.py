@@ -16,7 +16,7 @@ MAX_PARAMETERS = 7
 
 SHIPPED = ("flash_attn4_cute/", "torch-ext/")
 # Callers depend on these signatures; everything else bundles its arguments.
-PUBLIC_API = ("torch-ext/flash_attn_4/interface.py", "torch-ext/flash_attn_4/ops.py")
+PUBLIC_API = tuple(f"torch-ext/flash_attn_4/{f}.py" for f in ("interface", "engine", "ops"))
 
 
 def sources() -> list[str]:

@@ -1,0 +1,79 @@
+"""Checks for merging partial attention results, each a pair (out, lse)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checks import FLOAT_DTYPES, refuse
+
+
+def check_partial(out: Tensor, lse: Tensor, names: tuple[str, str], stacked: bool) -> None:
+    """`lse` holds one float32 per row of `out`, as the attention functions return them.
+
+    Args:
+        out: (b, s, h, d_v) or (total, h, d_v); with `stacked`, a leading dimension of partials.
+        lse: float32 (b, h, s) or (h, total), with the same leading dimension.
+        names: what the caller calls the two.
+    """
+    for name, tensor in zip(names, (out, lse), strict=True):
+        checks.check_is_tensor(name, tensor)
+    checks.check_dtype(names[0], out, FLOAT_DTYPES)
+    checks.check_dtype(names[1], lse, (torch.float32,))
+    if lse.device != out.device:
+        raise refuse(
+            ValueError,
+            f"{names[1]}.device",
+            lse.device,
+            f"must be {names[0]}'s device, {out.device}",
+            "Move it there",
+        )
+    rank = out.dim() - int(stacked)
+    if rank not in (3, 4):
+        shapes = "(b, s, h, d) or (total, h, d)"
+        raise refuse(
+            ValueError,
+            f"{names[0]}.shape",
+            tuple(out.shape),
+            f"must be {'(parts,) + ' if stacked else ''}{shapes}",
+            "Stack the results that the attention functions return",
+        )
+    *lead, length, heads = out.shape[:-1]
+    checks.check_shape(names[1], lse, (*lead, heads, length), "one value per row, heads first")
+    if stacked and out.shape[0] < 1:
+        raise refuse(
+            ValueError, f"{names[0]}.shape[0]", 0, "there must be a part", "Pass one or more"
+        )
+
+
+def check_same_rows(out_a: Tensor, out_b: Tensor) -> None:
+    """Two partial results are of the same rows, dtype and device."""
+    checks.check_dtype("out_b", out_b, (out_a.dtype,))
+    checks.check_shape("out_b", out_b, tuple(out_a.shape), "out_a's shape")
+    if out_b.device != out_a.device:
+        raise refuse(
+            ValueError,
+            "out_b.device",
+            out_b.device,
+            f"must be out_a's device, {out_a.device}",
+            "Move it there",
+        )
+
+
+def check_combined(out: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
+    """`out`, if given, can take the merge of the partial results `like`."""
+    if dtype not in FLOAT_DTYPES:
+        raise refuse(
+            TypeError,
+            "out_dtype",
+            dtype,
+            "must be torch.float32, torch.float16 or torch.bfloat16",
+            "Pass None for the dtype of out_partial",
+        )
+    if out is None:
+        return
+    checks.check_is_tensor("out", out)
+    checks.check_dtype("out", out, (dtype,))
+    checks.check_device("out", out, like.device)
+    checks.check_shape("out", out, tuple(like.shape[1:]), "the shape of one part")

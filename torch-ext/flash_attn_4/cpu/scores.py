@@ -1,0 +1,143 @@
+"""From dot products to masked scores: the one place with the formula.
+
+z_ij = scale * q_i . k_j
+s_ij = score_mod(softcap * tanh(z_ij / softcap)) - slope * |i + sk - sq - j|
+s_ij = -inf where query i must not see key j
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..flash_attn4_cute.problem import (
+    AttentionProblem,
+    AttentionTensors,
+    Band,
+    Custom,
+    Full,
+    band_of,
+)
+from .groups import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Queries `rows` and keys `cols` of the sequences of a group, as ranges of positions."""
+
+    group: Group
+    rows: range
+    cols: range
+
+    @property
+    def diagonal(self) -> int:
+        """Query i stands on key i + diagonal."""
+        return self.group.seqlen_k - self.group.seqlen_q
+
+    def row_positions(self) -> Tensor:
+        """(rows, 1): the key that each query stands on."""
+        return torch.arange(self.rows.start, self.rows.stop)[:, None] + self.diagonal
+
+    def col_positions(self) -> Tensor:
+        """(cols,): the keys."""
+        return torch.arange(self.cols.start, self.cols.stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRule:
+    """Everything between the dot products and the softmax, the same for all tiles of a call."""
+
+    scale: float
+    softcap: float
+    band: Band | Full
+    mask_mod: Callable | None
+    score_mod: Callable | None
+    alibi_slopes: Tensor | None
+    aux_tensors: list[Tensor] | None
+    num_heads: int
+
+    @classmethod
+    def of(cls, problem: AttentionProblem, tensors: AttentionTensors) -> ScoreRule:
+        return cls(
+            scale=problem.softmax_scale,
+            softcap=problem.softcap,
+            band=band_of(problem.mask),
+            mask_mod=problem.mask.mask_mod if isinstance(problem.mask, Custom) else None,
+            score_mod=problem.score_mod,
+            alibi_slopes=tensors.alibi_slopes,
+            aux_tensors=None if tensors.aux_tensors is None else list(tensors.aux_tensors),
+            num_heads=problem.num_heads,
+        )
+
+    def visible_keys(self, group: Group, rows: range) -> range:
+        """The keys that any of these queries may see; keys outside need not be read."""
+        start, stop = 0, group.seqlen_k
+        diagonal = group.seqlen_k - group.seqlen_q
+        if isinstance(self.band, Band):
+            if self.band.left is not None:
+                start = max(start, rows.start + diagonal - self.band.left)
+            if self.band.right is not None:
+                stop = min(stop, rows.stop + diagonal + self.band.right)
+        return range(start, max(start, stop))
+
+    def apply(self, z: Tensor, tile: Tile) -> Tensor:
+        """Masked scores for the scaled dot products z (count, h, rows, cols); may overwrite z."""
+        if self.softcap:
+            z = z.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.score_mod is not None:
+            modified = self.score_mod(z, *self._coordinates(tile))
+            z = modified.to(z.dtype).expand(z.shape).clone()
+        if self.alibi_slopes is not None:
+            distance = (tile.row_positions() - tile.col_positions()).abs()
+            z = z - self._slopes(tile) * distance
+        visible = self.visible(tile)
+        return z if visible is None else z.masked_fill(~visible, -torch.inf)
+
+    def slope(self, z: Tensor) -> Tensor | None:
+        """ds/dz = 1 - tanh^2(z / softcap), or None where it is 1; score_mod has no gradient."""
+        return 1.0 - torch.tanh(z / self.softcap).square_() if self.softcap else None
+
+    def visible(self, tile: Tile) -> Tensor | None:
+        """Which keys each query sees, broadcastable to (count, h, rows, cols); None for all."""
+        visible = self._in_band(tile)
+        if self.mask_mod is None:
+            return visible
+        admitted = torch.as_tensor(self.mask_mod(*self._coordinates(tile))).to(torch.bool)
+        return admitted if visible is None else admitted & visible
+
+    def _in_band(self, tile: Tile) -> Tensor | None:
+        if isinstance(self.band, Full):
+            return None
+        left, right = self.band.left, self.band.right
+        first, last = tile.rows.start + tile.diagonal, tile.rows.stop - 1 + tile.diagonal
+        cuts_left = left is not None and tile.cols.start < last - left
+        cuts_right = right is not None and tile.cols.stop - 1 > first + right
+        if not (cuts_left or cuts_right):
+            return None
+        distance = tile.col_positions() - tile.row_positions()
+        if not cuts_left:
+            return distance <= right
+        return distance >= -left if not cuts_right else (distance >= -left) & (distance <= right)
+
+    def _slopes(self, tile: Tile) -> Tensor:
+        """(count or 1, h, 1, 1)."""
+        slopes = self.alibi_slopes
+        assert slopes is not None
+        if slopes.dim() == 2:
+            slopes = slopes[tile.group.first : tile.group.first + tile.group.count]
+        return slopes.reshape(-1, self.num_heads, 1, 1)
+
+    def _coordinates(self, tile: Tile) -> tuple:
+        """(b, h, q_idx, kv_idx, seqlen_info, aux_tensors) for a user's callable, broadcastable."""
+        group = tile.group
+        return (
+            torch.arange(group.first, group.first + group.count).view(-1, 1, 1, 1),
+            torch.arange(self.num_heads).view(1, -1, 1, 1),
+            torch.arange(tile.rows.start, tile.rows.stop).view(1, 1, -1, 1),
+            torch.arange(tile.cols.start, tile.cols.stop).view(1, 1, 1, -1),
+            group.seqlen_info,
+            self.aux_tensors,
+        )

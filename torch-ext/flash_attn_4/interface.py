@@ -1,0 +1,382 @@
+"""The public functions. Each turns its arguments into tensors and options and sends them on.
+
+Conventions of all of them: scores are softmax_scale * q . k; masks are aligned at the bottom right
+(with sq queries and sk keys, query i stands on key i + sk - sq), as in FlashAttention >= 2.1; the
+log-sum-exp (LSE) is natural-log float32, of shape (b, h, sq) or (h, total_q); rows that see no key
+have out = 0 and LSE = -inf, and so have rows outside every sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documentation import documented
+from .engine import _flash_attn_fwd as _flash_attn_fwd
+from .engine import get_scheduler_metadata as get_scheduler_metadata
+from .flash_attn4_cute.cache_update import CacheUpdate
+from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
+from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
+from .flash_attn4_cute.problem import AttentionOptions, AttentionTensors, make_mask_rule
+from .merge import combine_parts
+from .request import Result, Window, answer, needs_grad, one_of
+
+
+@documented
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux_tensors: Sequence[Tensor] | None = None,
+    scheduler_metadata: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Result:
+    """Attention over dense batches.
+
+    Args:
+        q: (b, sq, h, d), float32, float16 or bfloat16; any strides.
+        k: (b, sk, h_k, d) with h a multiple of h_k.
+        v: (b, sk, h_k, d_v).
+        {shared}
+
+    Returns:
+        out (b, sq, h, d_v) in q's dtype; with return_lse (out, lse), lse (b, h, sq).
+        Differentiable in q, k, v and s_aux, through both results.
+
+    {raises}
+    """
+    tensors = AttentionTensors(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
+        alibi_slopes=alibi_slopes,
+        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
+    )
+    options = AttentionOptions(
+        mask=make_mask_rule(causal, window_size, mask_mod),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        num_splits=num_splits,
+        score_mod=score_mod,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        pack_gqa=pack_gqa,
+        return_lse=return_lse,
+        requires_grad=needs_grad(q, k, v, tensors.sink),
+    )
+    return answer(tensors, options, scheduler_metadata)
+
+
+@documented
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux_tensors: Sequence[Tensor] | None = None,
+    scheduler_metadata: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    return_softmax_lse: bool = False,
+) -> Result:
+    """Attention over sequences of different lengths, packed, padded or paged.
+
+    Args:
+        q: (total_q, h, d) with cu_seqlens_q, else (b, sq, h, d); float32, float16 or bfloat16.
+        k, v: (total_k, h_k, d | d_v) with cu_seqlens_k, (pages, page_size, h_k, d | d_v) with a
+            page table, else (b, sk, h_k, d | d_v); any strides, any page size.
+        cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), the starts of the sequences and the end of the
+            last one. With a page table, cu_seqlens_k gives the lengths only.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; int, NumPy integer or 0-d CPU
+            tensor. None: derived from the shapes.
+        seqused_q, seqused_k: int32 (b,), how many tokens of each sequence count.
+        block_table, page_table: int32 (b, max_pages), two names of one argument: the pages of each
+            sequence in order. Entries past its end may be anything and are never read.
+        {shared}
+        return_softmax_lse: the same as return_lse.
+
+    Returns:
+        out (total_q, h, d_v) or (b, sq, h, d_v) in q's dtype; with return_lse (out, lse), lse
+        (h, total_q) or (b, h, sq). Differentiable in q, k, v and s_aux, through both results.
+
+    {raises}
+    """
+    return_lse = return_lse or return_softmax_lse
+    table = one_of("block_table", block_table, "page_table", page_table)
+    if table is not None and cu_seqlens_k is not None and seqused_k is None:
+        check_is_tensor("cu_seqlens_k", cu_seqlens_k)
+        seqused_k, cu_seqlens_k = cu_seqlens_k.diff(), None
+    tensors = AttentionTensors(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        page_table=table,
+        sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
+        alibi_slopes=alibi_slopes,
+        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
+    )
+    options = AttentionOptions(
+        mask=make_mask_rule(causal, window_size, mask_mod),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        num_splits=num_splits,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        score_mod=score_mod,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        pack_gqa=pack_gqa,
+        return_lse=return_lse,
+        requires_grad=needs_grad(q, k, v, tensors.sink),
+    )
+    return answer(tensors, options, scheduler_metadata)
+
+
+@documented
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    page_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    scheduler_metadata: Any = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    return_softmax_lse: bool = False,
+) -> Result:
+    """Attention over a cache of keys and values, optionally after appending new ones in place.
+
+    Decoding (one query per sequence) and chunked prefill (several). New token t of sequence i is
+    written at position cache_seqlens[i] + t, then the queries see cache and new tokens.
+
+    Args:
+        q: (b, sq, h, d), or (total_q, h, d) with cu_seqlens_q.
+        k_cache, v_cache: (b_cache, sk, h_k, d | d_v), or (pages, page_size, h_k, d | d_v) with a
+            page table; written where k and v are given.
+        k, v: new tokens (b, s_new, h_k, d | d_v), or (total_new, h_k, d | d_v) with
+            cu_seqlens_k_new. Together or not at all. Not differentiable.
+        cache_seqlens: int or int32 (b,), tokens in the cache before the call; None: all of it.
+            Negative: the sequence is padding, nothing is written and its rows of out are 0.
+        cache_batch_idx: int32 (b,), the cache row of each sequence; dense caches only.
+        cache_leftpad: int32 (b,), the first position that counts; dense caches only.
+        block_table, page_table: int32 (b, max_pages), two names of one argument. Entries past the
+            end of a sequence, -1 included, are never read.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2) in q's dtype, 0 < rotary_dim <= d. Keys
+            are rotated to their positions; queries to cache_seqlens + i if causal or windowed, else
+            all to cache_seqlens. Need k and v.
+        rotary_interleaved: pairs (0, 1), (2, 3), ... if True, else (0, r/2), (1, r/2 + 1), ...
+        cu_seqlens_q: int32 (b + 1,) for packed queries.
+        cu_seqlens_k_new: int32 (b + 1,) for packed k and v; without these it has no meaning.
+        max_seqlen_q: upper bound of the query lengths; None: derived from the shapes.
+        {shared}
+        return_softmax_lse: the same as return_lse.
+
+    Returns:
+        out like q with d_v as its last dimension; with return_lse (out, lse).
+
+    {raises}
+    """
+    return_lse = return_lse or return_softmax_lse
+    lengths = _cache_lengths(q, cache_seqlens, cu_seqlens_q)
+    tensors = AttentionTensors(
+        q=q,
+        k=k_cache,
+        v=v_cache,
+        out=out,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=lengths,
+        page_table=one_of("block_table", block_table, "page_table", page_table),
+        kv_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
+        alibi_slopes=alibi_slopes,
+    )
+    options = AttentionOptions(
+        mask=make_mask_rule(causal, window_size),
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        num_splits=num_splits,
+        max_seqlen_q=max_seqlen_q,
+        pack_gqa=pack_gqa,
+        return_lse=return_lse,
+        requires_grad=needs_grad(q, k_cache, v_cache, k, v, tensors.sink),
+    )
+    _check_companions(k, v, lengths, rotary_cos, rotary_sin)
+    if k is None or v is None or lengths is None:
+        return answer(tensors, options, scheduler_metadata)
+    update = CacheUpdate(
+        k=k,
+        v=v,
+        cache_seqlens=lengths,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+    )
+    return answer(tensors, options, scheduler_metadata, update)
+
+
+def _cache_lengths(
+    q: Tensor, cache_seqlens: int | Tensor | None, cu_seqlens_q: Tensor | None
+) -> Tensor | None:
+    """cache_seqlens as an int32 tensor (b,)."""
+    if cache_seqlens is None:
+        return None
+    check_is_tensor("q", q)
+    if cu_seqlens_q is not None:
+        check_is_tensor("cu_seqlens_q", cu_seqlens_q)
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if isinstance(cache_seqlens, Tensor) and cache_seqlens.dim() > 0:
+        check_index_tensor("cache_seqlens", cache_seqlens, q.device, (batch,), "(b,)")
+        return cache_seqlens
+    length = as_int("cache_seqlens", cache_seqlens)
+    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
+
+
+def _check_companions(
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+) -> None:
+    """Arguments that need each other come together."""
+    if (k is None) != (v is None):
+        missing = "v" if v is None else "k"
+        raise refuse(ValueError, missing, None, "new k and v come together", "Pass both or neither")
+    if k is not None and cache_seqlens is None:
+        raise refuse(
+            ValueError,
+            "cache_seqlens",
+            None,
+            "must say where the new k and v go",
+            "Pass the number of tokens in the cache before the call",
+        )
+    if k is None and (rotary_cos is not None or rotary_sin is not None):
+        raise refuse(
+            ValueError,
+            "k, v",
+            None,
+            "rotary_cos and rotary_sin rotate new keys and the queries that go with them",
+            "Pass k and v, or rotate q before the call",
+        )
+
+
+def flash_attn_combine(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merge attention results over disjoint sets of keys, exactly, on any device.
+
+    Args:
+        out_partial: (parts, b, s, h, d_v) or (parts, total, h, d_v): stacked results.
+        lse_partial: float32 (parts, b, h, s) or (parts, h, total): their LSEs. Parts with -inf
+            (or +inf, which FlashAttention-2 writes for rows without keys) are not read.
+        out: where to write the result; None allocates it.
+        out_dtype: dtype of the result; None: out_partial's.
+
+    Returns:
+        (out, lse) over all keys, lse float32. Differentiable in both arguments.
+        Method: Rabe and Staats 2021, section 2.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value, the rule and the way out.
+    """
+    check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
+    dtype = out_partial.dtype if out_dtype is None else out_dtype
+    check_combined(out, out_partial, dtype)
+    merged, lse = combine_parts(out_partial, lse_partial)
+    return merged.to(dtype) if out is None else out.copy_(merged), lse
+
+
+def merge_attention_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge two attention results over disjoint sets of keys, exactly, on any device.
+
+    Args:
+        out_a, out_b: (b, s, h, d_v) or (total, h, d_v).
+        lse_a, lse_b: float32 (b, h, s) or (h, total); -inf (or +inf) marks rows without keys.
+
+    Returns:
+        (out, lse) as from one call over all keys, out in out_a's dtype, lse float32.
+        Differentiable in all arguments. Method: Rabe and Staats 2021, section 2.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value, the rule and the way out.
+    """
+    check_partial(out_a, lse_a, ("out_a", "lse_a"), stacked=False)
+    check_partial(out_b, lse_b, ("out_b", "lse_b"), stacked=False)
+    check_same_rows(out_a, out_b)
+    out, lse = combine_parts(torch.stack((out_a, out_b)), torch.stack((lse_a, lse_b)))
+    return out.to(out_a.dtype), lse

@@ -1,0 +1,97 @@
+"""From the ecosystem's keyword arguments to AttentionTensors and AttentionOptions, and on its way.
+
+Aliases are resolved here and nowhere else; below this file each thing has one name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import execute, ops
+from .flash_attn4_cute.cache_update import CacheUpdate
+from .flash_attn4_cute.checks import refuse
+from .flash_attn4_cute.problem import AttentionOptions, AttentionProblem, AttentionTensors
+from .flash_attn4_cute.scheduler_metadata import check_metadata
+
+Result = Tensor | tuple[Tensor, Tensor]
+Window = Sequence[int | None] | None
+
+
+def one_of(name: str, value: Any, alias: str, other: Any) -> Any:
+    """The one that is given of an argument and its alias; None if neither."""
+    if other is None:
+        return value
+    if value is None:
+        return other
+    raise refuse(
+        ValueError,
+        f"{name}, {alias}",
+        "both given",
+        "they are two names of one argument",
+        f"Pass only {name}",
+    )
+
+
+def needs_grad(*tensors: Any) -> bool:
+    """Whether autograd has to record a call on these tensors."""
+    return torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def answer(
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    scheduler_metadata: Any = None,
+    update: CacheUpdate | None = None,
+) -> Any:
+    """What a public function returns: out, or (out, lse) with return_lse."""
+    out, lse = send(tensors, options, scheduler_metadata, update)
+    return (out, lse) if options.return_lse else out
+
+
+def send(
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    scheduler_metadata: Any = None,
+    update: CacheUpdate | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse): through an operator where torch must see one, else straight to the variant."""
+    if scheduler_metadata is not None:
+        num_splits = check_metadata(scheduler_metadata, tensors, options.num_splits)
+        options = replace(options, num_splits=num_splits)
+    q = tensors.q
+    if options.dropout_p and isinstance(q, Tensor):
+        tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        if isinstance(q, Tensor):
+            return _through_operator(tensors, options, update)
+    elif options.requires_grad and update is None and tensors.out is None and tensors.lse is None:
+        AttentionProblem.from_tensors(tensors, options)  # before the operator's schema complains
+        return _through_operator(tensors, options, None)
+    return execute.attend(tensors, options, update)
+
+
+def _through_operator(
+    tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None
+) -> tuple[Tensor, Tensor | None]:
+    call = ops.flatten(tensors, options)
+    if update is None and tensors.out is None and tensors.lse is None:
+        out, lse = ops.forward(*call)
+        return out, lse if options.return_lse else None
+    q = tensors.q
+    out_shape, lse_shape = ops.result_shapes(call)
+    out = q.new_empty(out_shape) if tensors.out is None else tensors.out
+    lse = tensors.lse
+    if lse is None and options.return_lse:
+        lse = q.new_empty(lse_shape, dtype=torch.float32)
+    if update is None:
+        ops.forward_out(out, lse, *call)
+    else:
+        ops.with_kvcache(out, lse, *ops.flatten_update(update), *call)
+    return out, lse
