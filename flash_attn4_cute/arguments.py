@@ -1,7 +1,6 @@
 """Frozen bundles of tensors and scalars that travel into the kernels."""
 
 from dataclasses import dataclass
-from typing import Optional
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -11,20 +10,20 @@ from cutlass import Float32, Int32
 class ForwardArgs:
     """Run-time arguments of one forward launch, in the layouts that PyTorch users pass.
 
-    `mQ` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d) or (total_k, h_k, d); `mO` like
-    `mQ`; `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `window_left` and
-    `window_right` are read only where the mask rule has that bound.
+    `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d) or (total_k, h_k, d);
+    `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `window_left` and `window_right`
+    are read only where the mask rule has that bound.
     """
 
     mQ: cute.Tensor
     mK: cute.Tensor
     mV: cute.Tensor
     mO: cute.Tensor
-    mLSE: Optional[cute.Tensor]
-    mCuSeqlensQ: Optional[cute.Tensor]
-    mCuSeqlensK: Optional[cute.Tensor]
-    mSeqUsedQ: Optional[cute.Tensor]
-    mSeqUsedK: Optional[cute.Tensor]
+    mLSE: cute.Tensor | None
+    mCuSeqlensQ: cute.Tensor | None
+    mCuSeqlensK: cute.Tensor | None
+    mSeqUsedQ: cute.Tensor | None
+    mSeqUsedK: cute.Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32

@@ -22,8 +22,8 @@ def load_cutlass():
         import cutlass
     except ImportError as error:
         raise ImportError(
-            "flash-attn-4 compiles its GPU kernels with the package nvidia-cutlass-dsl, which is not "
-            "installed. Install it with: pip install nvidia-cutlass-dsl apache-tvm-ffi"
+            "flash-attn-4 compiles its GPU kernels with the package nvidia-cutlass-dsl, which is "
+            "not installed. Install it with: pip install nvidia-cutlass-dsl apache-tvm-ffi"
         ) from error
     return cutlass
 
@@ -38,7 +38,7 @@ def compiled_forward(key: KernelKey):
 def compile_forward(key: KernelKey):
     """Compile the forward kernel for `key`; needs no GPU.
 
-    Returns a callable `(ForwardArgs, num_ctas)` that launches on PyTorch's current stream and has
+    Returns a callable `(ForwardArgs)` that launches on PyTorch's current stream and has
     `__ptx__` and `__cubin__` if CuTe DSL was told to keep them (CUTE_DSL_KEEP=ptx,cubin).
     """
     cutlass = load_cutlass()
@@ -83,7 +83,6 @@ def compile_forward(key: KernelKey):
     return cute.compile(
         ForwardSm120(dtype, key.cfg, key.rule),
         args,
-        Int32(1),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi --gpu-arch {gpu_arch(key.variant)}",
     )

@@ -42,7 +42,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         plan.window_right,
         problem.seqlen_q,
     )
-    compiled_forward(plan.key)(args, plan.num_ctas)
+    compiled_forward(plan.key)(args)
 
 
 def _canonical(t: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from .mask_rule import Custom, Full
 from .problem import AttentionProblem, Layout
 from .tiles import FORWARD_ROWS, TileConfig
 
-UNLIMITED = 2**31 - 1
-
 
 @dataclass(frozen=True, slots=True)
 class BandRule:
@@ -47,7 +45,6 @@ class Plan:
     key: KernelKey
     window_left: int
     window_right: int
-    num_ctas: int  # upper limit of the grid
     num_splits: int = 1
 
     def explain(self) -> str:
@@ -103,7 +100,6 @@ def make_plan(problem: AttentionProblem) -> Plan:
         key=key,
         window_left=min(left or 0, longest),
         window_right=min(right or 0, longest),
-        num_ctas=UNLIMITED,
     )
 
 
@@ -123,12 +119,16 @@ def _refusals(p: AttentionProblem):
     if p.head_dim_v != p.head_dim:
         yield _refuse("head_dim_v", p.head_dim_v, f"must equal head_dim={p.head_dim}", "pad v")
     if isinstance(p.mask, Custom):
-        yield _refuse("mask_mod", p.mask.mask_mod, "not on the GPU yet", f"use window_size, {on_cpu}")
+        yield _refuse(
+            "mask_mod", p.mask.mask_mod, "not on the GPU yet", f"use window_size, {on_cpu}"
+        )
     if not p.aligned:
         rule = "the GPU kernels need 16-byte aligned rows with a contiguous last dimension"
         yield _refuse("q, k, v strides", "unaligned", rule, "call .contiguous() on them")
     if p.kv_layout is Layout.PAGED:
-        yield _refuse("page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages")
+        yield _refuse(
+            "page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages"
+        )
     if p.q_layout is not p.kv_layout:
         value = f"queries {p.q_layout.value}, keys {p.kv_layout.value}"
         yield _refuse("layout", value, "must match on the GPU", "pack both or neither")
@@ -153,5 +153,3 @@ def _refusals(p: AttentionProblem):
 
 def _refuse(argument: str, value: object, rule: str, way_out: str) -> str:
     return f"{argument}={value} is not supported: {rule}; {way_out}"
-
-

@@ -68,7 +68,9 @@ class TileConfig:
         assert self.smem_bytes <= SMEM_LIMIT_SM120, f"{self} needs {self.smem_bytes} bytes"
         groups = self.num_compute_warps // WARPS_PER_GROUP
         per_lane = groups * self.registers.compute + self.registers.load
-        assert per_lane * WARPS_PER_GROUP * WARP_SIZE <= REGISTER_FILE, f"{self} overdraws registers"
+        assert per_lane * WARPS_PER_GROUP * WARP_SIZE <= REGISTER_FILE, (
+            f"{self} overdraws registers"
+        )
 
 
 # One row serves every card of the family until a card is measured to want its own.

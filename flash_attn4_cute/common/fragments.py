@@ -11,9 +11,7 @@ def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
     """View an accumulator ((2, 2), m, n) as (rows, columns) of the thread."""
     (column, row), m, n = acc.layout.stride
     (columns, rows), tiles_m, tiles_n = acc.layout.shape
-    layout = cute.make_layout(
-        ((rows, tiles_m), (columns, tiles_n)), stride=((row, m), (column, n))
-    )
+    layout = cute.make_layout(((rows, tiles_m), (columns, tiles_n)), stride=((row, m), (column, n)))
     return cute.make_tensor(acc.iterator, layout)
 
 

@@ -1,4 +1,4 @@
-"""Online softmax over the key blocks of a tile (Milakov and Gimelshein 2018; FlashAttention-2, 3.1).
+"""Online softmax over key blocks (Milakov and Gimelshein 2018; FlashAttention-2, section 3.1).
 
 For each row, with c = softmax_scale * log2(e), a reference m and the scores s_j seen so far,
 
@@ -23,7 +23,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class OnlineSoftmax:
-    """Row statistics of the rows that one thread holds, as register tensors of `num_rows` floats."""
+    """Statistics of the rows that one thread holds, as register tensors of `num_rows` floats."""
 
     scale_log2: Float32
     row_max: cute.Tensor
@@ -49,7 +49,9 @@ class OnlineSoftmax:
             # -inf - -inf is NaN and compares false: a row without keys so far keeps m = -inf.
             behind = (m_new[r] - m_old) * self.scale_log2 > RESCALE_THRESHOLD
             m = m_new[r] if behind else m_old
-            scale[r] = cute.math.exp2((m_old - m) * self.scale_log2, fastmath=True) if behind else 1.0
+            scale[r] = (
+                cute.math.exp2((m_old - m) * self.scale_log2, fastmath=True) if behind else 1.0
+            )
             self.row_max[r] = m
             rescale = behind or rescale
         if cute.arch.vote_any_sync(rescale):
@@ -59,7 +61,7 @@ class OnlineSoftmax:
 
     @cute.jit
     def exponentials(self, acc_S_mn: cute.Tensor):
-        """Turn some columns of the block into p_j = 2^((s_j - m) c) in place; l <- l + sum_j p_j."""
+        """Turn some columns into p_j = 2^((s_j - m) c) in place; l <- l + sum_j p_j."""
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
             m = self.row_max[r]

@@ -1,12 +1,12 @@
 """The compute role: one warp owns 32 query rows and takes them from Q K^T to O.
 
-Nothing in this role waits for another compute warp: warps meet only at the ring of K and V blocks.
-Two warps share an SM sub-partition, and drift apart until one runs its softmax while the other keeps
-the tensor core busy.
+No compute warp waits for another: they meet only at the ring of K and V blocks. Two warps share an
+SM sub-partition, and drift apart until one runs its softmax while the other keeps the tensor core
+busy.
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional, Type
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -19,8 +19,10 @@ from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
 from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
-from ..tiles import TileConfig
+from ..tiles import WARP_SIZE, TileConfig
 from .epilogue import Epilogue
+
+CLEAR_ELEMENTS = 8  # 16 bytes a store
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class WarpMma:
     """The two matrix products of one warp, with operands fetched by `ldmatrix` just in time."""
 
     cfg: Constexpr[TileConfig]
-    dtype: Constexpr[Type[cutlass.Numeric]]
+    dtype: Constexpr[type[cutlass.Numeric]]
     lane: Int32
 
     def tiled_mma(self) -> cute.TiledMma:
@@ -41,7 +43,7 @@ class WarpMma:
 
     @cute.jit
     def query_fragment(self, sQ: cute.Tensor) -> cute.Tensor:
-        """Registers for Q (32, d) as the A operand, filled if they are to stay for the whole tile."""
+        """Registers for Q (32, d) as the A operand, filled if they stay for the whole tile."""
         thr_mma = self.tiled_mma().get_slice(self.lane)
         tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
         if const_expr(self.cfg.q_in_registers):
@@ -94,12 +96,11 @@ class WarpMma:
         acc_S: cute.Tensor,
         softmax: OnlineSoftmax,
         sVt: cute.Tensor,
-        rows: Optional[Int32],
     ):
-        """acc_O += P V, with P = exponentials of acc_S; V^T is (d, block_n), read by `ldmatrix.trans`.
+        """acc_O += P V, P = exponentials of acc_S, V^T (d, block_n) read by `ldmatrix.trans`.
 
-        V rows >= `rows`, if given, count as 0. The exponentials of one k16 step are issued before
-        the products of the step before it, so that the two units work at the same time.
+        The exponentials of one k16 step are issued before the products of the step before it, so
+        that the two units work at the same time.
         """
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
@@ -127,24 +128,28 @@ class WarpMma:
                     if const_expr(k * num_pairs + j + 1 < num_steps * num_pairs):
                         next_k, next_j = (k, j + 1) if j + 1 < num_pairs else (k + 1, 0)
                         cute.copy(copy_V, tOsV[None, next_j, next_k], rV[None, next_j, next_k])
-                    if const_expr(rows is not None):
-                        self._clear_rows(rV[None, j, k], rows - 16 * k)
                     acc = pairs_O[None, None, (None, j)]
                     cute.gemm(tiled_mma, acc, tOrP, pairs_V[None, (None, j), k], acc)
 
-    @cute.jit
-    def _clear_rows(self, rV: cute.Tensor, rows: Int32):
-        """Zero the V values of rows >= `rows` (0 <= row < 16): 0 * NaN would reach the output.
 
-        A B fragment holds rows 2 (lane % 4) + {0, 1} and the same + 8, for each of two n8 tiles.
-        """
-        values = cute.make_tensor(rV.iterator, cute.make_layout((2, 2, 2)))
-        zero = self.dtype(0.0)
-        for i in cutlass.range_constexpr(2):
-            for half in cutlass.range_constexpr(2):
-                row = 2 * (self.lane % 4) + i + 8 * half
-                for n in cutlass.range_constexpr(2):
-                    values[i, half, n] = zero if row >= rows else values[i, half, n]
+@cute.jit
+def clear_rows(sV: cute.Tensor, rows: Int32, lane: Int32):
+    """Zero the rows >= `rows` of a block of V (block_n, d): 0 * NaN would reach the output.
+
+    Every warp that reads the block clears it for itself before it reads; all of them write the same
+    zeros, so none has to wait for another.
+    """
+    per_row = cute.size(sV, mode=[1]) // CLEAR_ELEMENTS
+    zeros = cute.make_rmem_tensor(CLEAR_ELEMENTS, sV.element_type)
+    zeros.fill(0.0)
+    for i in cutlass.range(lane, (cute.size(sV, mode=[0]) - rows) * per_row, WARP_SIZE, unroll=1):
+        target = cute.local_tile(sV, (1, CLEAR_ELEMENTS), (rows + i // per_row, i % per_row))
+        cute.autovec_copy(
+            zeros, cute.make_tensor(target.iterator, cute.make_layout(CLEAR_ELEMENTS))
+        )
+    # The TMA copy that refills the slot comes after these writes, through the other proxy.
+    cute.arch.fence_proxy("async.shared", space="cta")
+    cute.arch.sync_warp()
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class ComputeRole:
 
     cfg: Constexpr[TileConfig]
     rule: Constexpr[Any]
-    dtype: Constexpr[Type[cutlass.Numeric]]
+    dtype: Constexpr[type[cutlass.Numeric]]
     guard_v: Constexpr[bool]  # rows past seqlen_k may hold anything: TMA did not zero them
     sQ: cute.Tensor
     sKV: cute.Tensor
@@ -177,54 +182,45 @@ class ComputeRole:
         sQ = cute.local_tile(
             self.sQ[None, None, 0], (cfg.rows_per_warp, cfg.head_dim), (warp_rows // 32, 0)
         )
-        grid, _, _ = cute.arch.grid_dim()
-        index, _, _ = cute.arch.block_idx()
-        while index < self.scheduler.num_tiles():
-            work = self.scheduler.tile(index)
-            seqlen = SeqlenInfo.of(args, work.batch)
-            tile_row = work.m_block * cfg.block_m
-            if tile_row < seqlen.seqlen_q:
-                mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
-                lo, hi = mask.blocks(
-                    tile_row, cutlass.min(tile_row + cfg.block_m, seqlen.seqlen_q), cfg.block_n
-                )
-                row = tile_row + warp_rows
-                # What this warp's own rows need of [lo, hi); the rest it only passes on.
-                warp_lo, warp_hi = mask.blocks(row, row + cfg.rows_per_warp, cfg.block_n)
-                full_lo, full_hi = mask.full_blocks(row, row + cfg.rows_per_warp, cfg.block_n)
-                if row >= seqlen.seqlen_q:
-                    warp_lo, warp_hi = hi, hi
-                softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
-                acc_O.fill(0.0)
-                if lo < hi:
-                    q_slot = q_ring.wait_and_advance()
-                    tSrQ = mma.query_fragment(sQ)
-                    for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
-                        kv_ring.wait_and_advance().release()
-                    for i in cutlass.range(warp_hi - warp_lo, unroll=1):
-                        n_block = warp_hi - 1 - i
-                        slot = kv_ring.wait_and_advance()
-                        mma.scores(acc_S, tSrQ, sQ, self.sKV[None, None, slot.index])
-                        slot.release()
-                        if n_block < full_lo or n_block >= full_hi:
-                            mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
-                        softmax.update(acc_S_mn, acc_O_mn)
-                        slot = kv_ring.wait_and_advance()
-                        sVt = self.sVt[None, None, slot.index]
-                        rows = seqlen.seqlen_k - n_block * cfg.block_n
-                        if const_expr(self.guard_v):
-                            if rows < cfg.block_n:
-                                mma.accumulate(acc_O, acc_S, softmax, sVt, rows)
-                            else:
-                                mma.accumulate(acc_O, acc_S, softmax, sVt, None)
-                        else:
-                            mma.accumulate(acc_O, acc_S, softmax, sVt, None)
-                        slot.release()
-                    for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
-                        kv_ring.wait_and_advance().release()
-                    # The epilogue stages O where this warp's Q rows were; nobody else reads them.
-                    Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
-                    q_slot.release()
-                else:
-                    Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
-            index += grid
+        work = self.scheduler.tile(cute.arch.block_idx()[0])
+        seqlen = SeqlenInfo.of(args, work.batch)
+        tile_row = work.m_block * cfg.block_m
+        if tile_row < seqlen.seqlen_q:
+            mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
+            lo, hi = mask.blocks(
+                tile_row, cutlass.min(tile_row + cfg.block_m, seqlen.seqlen_q), cfg.block_n
+            )
+            row = tile_row + warp_rows
+            # What this warp's own rows need of [lo, hi); the rest it only passes on.
+            warp_lo, warp_hi = mask.blocks(row, row + cfg.rows_per_warp, cfg.block_n)
+            full_lo, full_hi = mask.full_blocks(row, row + cfg.rows_per_warp, cfg.block_n)
+            warp_lo, warp_hi = cutlass.max(warp_lo, lo), cutlass.min(warp_hi, hi)
+            if row >= seqlen.seqlen_q or warp_lo >= warp_hi:
+                warp_lo, warp_hi = hi, hi
+            softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
+            acc_O.fill(0.0)
+            if lo < hi:
+                q_ring.wait_and_advance()
+                tSrQ = mma.query_fragment(sQ)
+                for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
+                    kv_ring.wait_and_advance().release()
+                for i in cutlass.range(warp_hi - warp_lo, unroll=1):
+                    n_block = warp_hi - 1 - i
+                    slot = kv_ring.wait_and_advance()
+                    mma.scores(acc_S, tSrQ, sQ, self.sKV[None, None, slot.index])
+                    slot.release()
+                    if n_block < full_lo or n_block >= full_hi:
+                        mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
+                    softmax.update(acc_S_mn, acc_O_mn)
+                    slot = kv_ring.wait_and_advance()
+                    sVt = self.sVt[None, None, slot.index]
+                    rows = seqlen.seqlen_k - n_block * cfg.block_n
+                    if const_expr(self.guard_v):  # noqa: SIM102: one at trace time, one not
+                        if rows < cfg.block_n:
+                            clear_rows(self.sKV[None, None, slot.index], rows, lane)
+                    mma.accumulate(acc_O, acc_S, softmax, sVt)
+                    slot.release()
+                for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
+                    kv_ring.wait_and_advance().release()
+            # The epilogue stages O where this warp's Q rows were; nobody else reads them.
+            Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)

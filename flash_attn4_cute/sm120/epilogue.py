@@ -1,7 +1,6 @@
 """The epilogue of the mma.sync family: a warp normalises its rows and stores O and LSE."""
 
 from dataclasses import dataclass
-from typing import Type
 
 import cutlass
 import cutlass.cute as cute
@@ -19,10 +18,10 @@ STORE_ELEMENTS = 8  # 16 bytes a lane: whole 32-byte sectors, whatever the head 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Stages a warp's O rows in `sO` (32, d), its own shared memory, to store them 16 bytes a lane."""
+    """Stages a warp's O rows in `sO` (32, d), memory of its own, to store 16 bytes a lane."""
 
     cfg: Constexpr[TileConfig]
-    dtype: Constexpr[Type[cutlass.Numeric]]
+    dtype: Constexpr[type[cutlass.Numeric]]
     sO: cute.Tensor
     lane: Int32
 

@@ -9,10 +9,8 @@
 One CTA computes 256 query rows of one head. The load warp streams the key blocks of that tile from
 the last to the first; the eight compute warps consume them at their own pace, each waiting only for
 data. Every slot of the ring holds one block of K or of V and is released by eight arrivals, one a
-compute warp; it is filled by one arrival and its bytes.
+compute warp; it is filled by one arrival and its bytes. Q is loaded once and its slot is never refilled.
 """
-
-from typing import Type
 
 import cutlass
 import cutlass.cute as cute
@@ -31,12 +29,12 @@ SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of one atom: 128, 64 and 32 b
 class ForwardSm120:
     """The forward kernel for one dtype, one tile configuration and one mask rule."""
 
-    def __init__(self, dtype: Type[cutlass.Numeric], cfg: TileConfig, rule):
+    def __init__(self, dtype: type[cutlass.Numeric], cfg: TileConfig, rule):
         cfg.check()
         self.dtype, self.cfg, self.rule = dtype, cfg, rule
 
     @cute.jit
-    def __call__(self, args: ForwardArgs, num_ctas: Int32, stream):
+    def __call__(self, args: ForwardArgs, stream):
         cfg = self.cfg
         mQ, mK, mV = (rows_first(mX) for mX in (args.mQ, args.mK, args.mV))
         num_batch = cute.size(args.mQ, mode=[0])
@@ -52,7 +50,7 @@ class ForwardSm120:
         v_atom, v_tensor = self.tma_load(mV, cfg.block_n)
         tma = ((q_atom, q_tensor), (k_atom, k_tensor), (v_atom, v_tensor))
         self.kernel(args, tma, scheduler).launch(
-            grid=[cutlass.min(scheduler.num_tiles(), num_ctas), 1, 1],
+            grid=[scheduler.num_tiles(), 1, 1],
             block=[cfg.num_threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -122,7 +120,16 @@ class ForwardSm120:
             sVt = cute.make_tensor(sKV.iterator, cute.select(sKV.layout, mode=[1, 0, 2]))
             guard_v = args.mCuSeqlensK is not None or args.mSeqUsedK is not None
             ComputeRole(
-                cfg, self.rule, self.dtype, guard_v, sQ, sKV, sVt, q_consumer, kv_consumer, scheduler
+                cfg,
+                self.rule,
+                self.dtype,
+                guard_v,
+                sQ,
+                sKV,
+                sVt,
+                q_consumer,
+                kv_consumer,
+                scheduler,
             ).run(args)
 
 

@@ -58,42 +58,39 @@ class LoadRole:
     @cute.jit
     def run(self, args: ForwardArgs):
         q_ring, kv_ring = self.q_ring, self.kv_ring
-        grid, _, _ = cute.arch.grid_dim()
-        index, _, _ = cute.arch.block_idx()
-        while index < self.scheduler.num_tiles():
-            work = self.scheduler.tile(index)
-            seqlen = SeqlenInfo.of(args, work.batch)
-            row = work.m_block * self.cfg.block_m
-            if row < seqlen.seqlen_q:
-                mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
-                end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
-                lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
-                kv_head = work.head // self.heads_per_kv_head
-                tQsQ, tQgQ = self.q.tiles(work.head, work.batch, seqlen.offset_q)
-                tKsK, tKgK = self.k.tiles(kv_head, work.batch, seqlen.offset_k)
-                tVsV, tVgV = self.v.tiles(kv_head, work.batch, seqlen.offset_k)
-                if lo < hi:
-                    slot = q_ring.acquire_and_advance()
-                    cute.copy(
-                        self.q.atom,
-                        tQgQ[None, work.m_block],
-                        tQsQ[None, slot.index],
-                        tma_bar_ptr=slot.barrier,
-                    )
-                for i in cutlass.range(hi - lo, unroll=1):
-                    n_block = hi - 1 - i
-                    slot = kv_ring.acquire_and_advance()
-                    cute.copy(
-                        self.k.atom,
-                        tKgK[None, n_block],
-                        tKsK[None, slot.index],
-                        tma_bar_ptr=slot.barrier,
-                    )
-                    slot = kv_ring.acquire_and_advance()
-                    cute.copy(
-                        self.v.atom,
-                        tVgV[None, n_block],
-                        tVsV[None, slot.index],
-                        tma_bar_ptr=slot.barrier,
-                    )
-            index += grid
+        work = self.scheduler.tile(cute.arch.block_idx()[0])
+        seqlen = SeqlenInfo.of(args, work.batch)
+        row = work.m_block * self.cfg.block_m
+        lo, hi = Int32(0), Int32(0)
+        if row < seqlen.seqlen_q:
+            mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
+            end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
+            lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
+        if lo < hi:
+            kv_head = work.head // self.heads_per_kv_head
+            tQsQ, tQgQ = self.q.tiles(work.head, work.batch, seqlen.offset_q)
+            tKsK, tKgK = self.k.tiles(kv_head, work.batch, seqlen.offset_k)
+            tVsV, tVgV = self.v.tiles(kv_head, work.batch, seqlen.offset_k)
+            slot = q_ring.acquire_and_advance()
+            cute.copy(
+                self.q.atom,
+                tQgQ[None, work.m_block],
+                tQsQ[None, slot.index],
+                tma_bar_ptr=slot.barrier,
+            )
+            for i in cutlass.range(hi - lo, unroll=1):
+                n_block = hi - 1 - i
+                slot = kv_ring.acquire_and_advance()
+                cute.copy(
+                    self.k.atom,
+                    tKgK[None, n_block],
+                    tKsK[None, slot.index],
+                    tma_bar_ptr=slot.barrier,
+                )
+                slot = kv_ring.acquire_and_advance()
+                cute.copy(
+                    self.v.atom,
+                    tVgV[None, n_block],
+                    tVsV[None, slot.index],
+                    tma_bar_ptr=slot.barrier,
+                )
