@@ -25,8 +25,9 @@ class RegisterBudget:
 class TileConfig:
     """One configuration of the mma.sync forward kernel.
 
-    Each compute warp owns `rows_per_warp` query rows: two m16 tiles, so that one `ldmatrix.x4` of K
-    or V feeds four `mma.sync`. K and V blocks of `block_n` rows take turns in a ring of `kv_stages`.
+    Each compute warp owns `rows_per_warp` query rows: two m16 tiles, so that one `ldmatrix.x4` of
+    K or V feeds four `mma.sync`. Blocks of `block_n` rows of K and of V take turns in a ring of
+    `kv_stages` slots. `q_in_registers` keeps Q there for the whole tile, where they suffice.
     """
 
     head_dim: int

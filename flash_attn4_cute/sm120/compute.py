@@ -215,7 +215,8 @@ class ComputeRole:
                     slot = kv_ring.wait_and_advance()
                     sVt = self.sVt[None, None, slot.index]
                     rows = seqlen.seqlen_k - n_block * cfg.block_n
-                    if const_expr(self.guard_v):  # noqa: SIM102: one at trace time, one not
+                    # Two questions: one is answered at trace time, one at run time.
+                    if const_expr(self.guard_v):  # noqa: SIM102
                         if rows < cfg.block_n:
                             clear_rows(self.sKV[None, None, slot.index], rows, lane)
                     mma.accumulate(acc_O, acc_S, softmax, sVt)

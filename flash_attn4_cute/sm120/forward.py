@@ -9,7 +9,7 @@
 One CTA computes 256 query rows of one head. The load warp streams the key blocks of that tile from
 the last to the first; the eight compute warps consume them at their own pace, each waiting only for
 data. Every slot of the ring holds one block of K or of V and is released by eight arrivals, one a
-compute warp; it is filled by one arrival and its bytes. Q is loaded once and its slot is never refilled.
+compute warp; it is filled by one arrival and its bytes. Q is loaded once.
 """
 
 import cutlass
