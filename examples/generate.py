@@ -155,7 +155,7 @@ def main() -> None:
     """Run the demo; end with one line and the exit status that tell its outcome."""
     parser = argparse.ArgumentParser(description="Generate text with flash-attn-4.")
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--model", type=Path, help="a Llama-like model (default: SmolLM2-135M)")
     arguments = parser.parse_args()
     try:

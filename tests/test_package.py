@@ -90,6 +90,25 @@ def test_one_name_everywhere():
         assert REPO_ID in (ROOT / user).read_text(), user
 
 
+def test_card_renders():
+    """kernel-builder fills CARD.md with minijinja, whose syntax is Jinja2's."""
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
+    card = template.from_string((ROOT / "CARD.md").read_text()).render(
+        repo_id=REPO_ID,
+        version=1,
+        functions=["flash_attn_func"],
+        layers=None,
+        has_benchmark=True,
+        upstream=None,
+        source=None,
+        license="apache-2.0",
+    )
+    assert card.startswith("---\nlibrary_name: kernels\nlicense: apache-2.0\ntags:")
+    assert f'get_kernel("{REPO_ID}", version=1' in card
+    assert "- `flash_attn_func`" in card
+
+
 def test_metadata(variant):
     found = metadata(variant)
     backend = variant.name.removeprefix("torch-")
