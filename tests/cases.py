@@ -137,7 +137,9 @@ def _query_boundaries() -> Iterator[Case]:
     for causal, sq in product((False, True), (1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 513)):
         for sk in dict.fromkeys((sq, 300)):
             name = f"sq{sq}_sk{sk}{'_causal' if causal else ''}"
-            yield Case(name=name, seqlens_q=(sq,), seqlens_k=(sk,), causal=causal, heads=3)
+            yield Case(
+                name=name, seqlens_q=(sq,), seqlens_k=(sk,), causal=causal, heads=3, heads_kv=1
+            )
 
 
 def _key_boundaries() -> Iterator[Case]:

@@ -120,8 +120,6 @@ def call_varlen(fa4: ModuleType, call: Call, **options: Any) -> Any:
     named = dict(call.tensors)
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     positional = [named.pop(name, None) for name in names]
-    if positional[3] is None:
-        positional[3] = max(call.case.seqlens_k, default=0)
     return fa4.flash_attn_varlen_func(call.q, call.k, call.v, *positional, **named, **options)
 
 
@@ -131,26 +129,10 @@ def call_kvcache(fa4: ModuleType, call: Call, **options: Any) -> Any:
     return fa4.flash_attn_with_kvcache(call.q, call.k, call.v, **named, **options)
 
 
-def call_engine(fa4: ModuleType, call: Call, *, window_size=(None, None), **options: Any) -> Any:
-    """The call of serving engines; the only one that takes dense q with lengths."""
-    left, right = window_size or (None, None)
-    if "s_aux" in options:
-        options["learnable_sink"] = options.pop("s_aux")
-    return fa4.interface._flash_attn_fwd(
-        call.q,
-        call.k,
-        call.v,
-        window_size_left=left,
-        window_size_right=right,
-        **call.tensors,
-        **options,
-    )
-
-
 def caller(case: Case) -> Callable[..., Any]:
     """The public function that answers this layout."""
-    if case.layout == "dense":
-        return call_dense if case.used_q is None and case.used_k is None else call_engine
+    if case.layout == "dense" and case.used_q is None and case.used_k is None:
+        return call_dense
     return call_kvcache if case.layout == "paged_dense" else call_varlen
 
 
@@ -170,7 +152,7 @@ def run_uncut(fa4: ModuleType, call: Call, **changes: Any) -> tuple[Tensor, Tens
     options = call.options | {"return_lse": call.case.return_lse} | changes
     result = caller(call.case)(fa4, call, **options)
     out, lse = result if isinstance(result, tuple) else (result, None)
-    assert (lse is not None) == options["return_lse"] or caller(call.case) is call_engine
+    assert (lse is not None) == options["return_lse"]
     return out, lse
 
 

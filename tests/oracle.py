@@ -11,7 +11,8 @@ aligned to the bottom right):
     LSE(i)         =  log(sum over visible j of exp(s(i, j))  +  exp(sink_h))
     out(i)         =  sum over visible j of exp(s(i, j) - LSE(i)) * v_j
 
-An empty sum gives out = 0 and LSE = -inf. Key head of query head h: h // (h_q / h_k).
+A row that sees no key has out = 0 and LSE = -inf, sink or not. Key head of query head h:
+h // (h_q / h_k).
 
 The same formulas serve at three precisions: EXACT (float64, the truth), NAIVE (every step rounded
 to the input dtype) and MIXED (scores in float32, weights in the input dtype, as every flash kernel
@@ -124,10 +125,11 @@ def weigh(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
         peak = torch.maximum(peak, sink.to(s.dtype))
     peak = torch.where(peak.isinf(), 0.0, peak).detach()
     e = torch.exp(s - peak[:, None])
-    total = e.sum(1)
+    total, blind = e.sum(1), (s == -math.inf).all(1)
     if sink is not None:
         total = total + torch.exp(sink.to(s.dtype) - peak)
-    return e / torch.where(total == 0, 1.0, total)[:, None], peak + torch.log(total)
+    total = torch.where(blind, 1.0, total)
+    return e / total[:, None], torch.where(blind, -math.inf, peak + torch.log(total))
 
 
 def attend_head(

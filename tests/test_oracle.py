@@ -60,6 +60,13 @@ def test_every_spelling_of_no_window(window):
     assert oracle.visible_keys(Rule(window=window), torch.arange(4), 4, 6, (0, 0)).all()
 
 
+def test_a_sink_does_not_fill_a_row_without_keys():
+    q, k, v = tokens(0, 3, 1, 4), tokens(1, 1, 1, 4), tokens(2, 1, 1, 4)
+    result = oracle.attend(q, k, v, Rule(causal=True, sink=torch.tensor([0.5])))
+    assert result.lse[0, :2].tolist() == [-math.inf, -math.inf]
+    assert (result.out[:2] == 0).all()
+
+
 def test_one_key_by_hand():
     q, k, v = torch.tensor([[[2.0]]]), torch.tensor([[[3.0]]]), torch.tensor([[[5.0]]])
     sink, slope = torch.tensor([1.0]), torch.tensor([0.5])
