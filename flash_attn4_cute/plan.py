@@ -125,6 +125,9 @@ def _refusals(p: AttentionProblem):
     if not p.aligned:
         rule = "the GPU kernels need 16-byte aligned rows with a contiguous last dimension"
         yield _refuse("q, k, v strides", "unaligned", rule, "call .contiguous() on them")
+    if p.softmax_scale < 0:
+        rule = "the GPU kernels take the maximum before they scale, so the scale must be >= 0"
+        yield _refuse("softmax_scale", p.softmax_scale, rule, "negate q and the scale")
     if p.kv_layout is Layout.PAGED:
         yield _refuse(
             "page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages"

@@ -42,49 +42,32 @@ class WarpMma:
         return cute.make_rmem_tensor(shape, Float32)
 
     @cute.jit
-    def query_fragment(self, sQ: cute.Tensor) -> cute.Tensor:
-        """Registers for Q (32, d) as the A operand, filled if they stay for the whole tile."""
-        thr_mma = self.tiled_mma().get_slice(self.lane)
-        tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
-        if const_expr(self.cfg.q_in_registers):
-            for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
-                self._load_queries(sQ, tSrQ, k)
-        return tSrQ
-
-    @cute.jit
-    def _load_queries(self, sQ: cute.Tensor, tSrQ: cute.Tensor, k: Constexpr[int]):
-        """Bring k16 step `k` of Q from shared memory."""
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_Q = cute.make_tiled_copy_A(atom, self.tiled_mma())
-        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
-        cute.copy(copy_Q, tSsQ[None, None, k], copy_Q.retile(tSrQ)[None, None, k])
-
-    @cute.jit
-    def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
+    def scores(self, acc_S: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
         """acc_S = Q K^T, Q (32, d) and K (block_n, d) both with d contiguous."""
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
+        copy_Q = cute.make_tiled_copy_A(atom, tiled_mma)
         copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
+        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
         tSsK = copy_K.get_slice(self.lane).partition_S(sK)
+        tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
         tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
-        rK = copy_K.retile(tSrK)
+        rQ, rK = copy_Q.retile(tSrQ), copy_K.retile(tSrK)
         # One ldmatrix.x4 brings a pair of n8 tiles of K. Each is issued one product ahead of its
         # use, or the tensor core would wait for it every time.
         pairs_K = cute.logical_divide(tSrK, (None, 2, None))
         pairs_S = cute.logical_divide(acc_S, (None, None, 2))
         acc_S.fill(0.0)
         num_pairs, num_steps = cute.size(rK, mode=[1]), cute.size(tSrQ, mode=[2])
-        fetch_Q = not self.cfg.q_in_registers
-        if const_expr(fetch_Q):
-            self._load_queries(sQ, tSrQ, 0)
+        cute.copy(copy_Q, tSsQ[None, None, 0], rQ[None, None, 0])
         cute.copy(copy_K, tSsK[None, 0, 0], rK[None, 0, 0])
         for unit in cutlass.range_constexpr(num_pairs * num_steps):
             k, j = unit // num_pairs, unit % num_pairs
             next_k, next_j = (unit + 1) // num_pairs, (unit + 1) % num_pairs
             if const_expr(next_k < num_steps):
-                if const_expr(fetch_Q and next_j == 0):
-                    self._load_queries(sQ, tSrQ, next_k)
+                if const_expr(next_j == 0):
+                    cute.copy(copy_Q, tSsQ[None, None, next_k], rQ[None, None, next_k])
                 cute.copy(copy_K, tSsK[None, next_j, next_k], rK[None, next_j, next_k])
             acc = pairs_S[None, None, (None, j)]
             cute.gemm(tiled_mma, acc, tSrQ[None, None, k], pairs_K[None, (None, j), k], acc)
@@ -170,6 +153,18 @@ class ComputeRole:
     @cute.jit
     def run(self, args: ForwardArgs):
         q_ring, kv_ring = self.q_ring, self.kv_ring
+        index, _, _ = cute.arch.block_idx()
+        if const_expr(self.cfg.tile_loop):
+            grid, _, _ = cute.arch.grid_dim()
+            while index < self.scheduler.num_tiles():
+                q_ring, kv_ring = self.compute_tile(args, index, q_ring, kv_ring)
+                index += grid
+        else:
+            self.compute_tile(args, index, q_ring, kv_ring)
+
+    @cute.jit
+    def compute_tile(self, args: ForwardArgs, index: Int32, q_ring: Any, kv_ring: Any):
+        """One tile from Q to O and LSE; returns the rings as it leaves them."""
         cfg = self.cfg
         lane = cute.arch.lane_idx()
         warp_rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) * cfg.rows_per_warp
@@ -182,7 +177,7 @@ class ComputeRole:
         sQ = cute.local_tile(
             self.sQ[None, None, 0], (cfg.rows_per_warp, cfg.head_dim), (warp_rows // 32, 0)
         )
-        work = self.scheduler.tile(cute.arch.block_idx()[0])
+        work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
         tile_row = work.m_block * cfg.block_m
         if tile_row < seqlen.seqlen_q:
@@ -200,14 +195,13 @@ class ComputeRole:
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
             if lo < hi:
-                q_ring.wait_and_advance()
-                tSrQ = mma.query_fragment(sQ)
+                q_slot = q_ring.wait_and_advance()
                 for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                     kv_ring.wait_and_advance().release()
                 for i in cutlass.range(warp_hi - warp_lo, unroll=1):
                     n_block = warp_hi - 1 - i
                     slot = kv_ring.wait_and_advance()
-                    mma.scores(acc_S, tSrQ, sQ, self.sKV[None, None, slot.index])
+                    mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
                     slot.release()
                     if n_block < full_lo or n_block >= full_hi:
                         mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
@@ -223,5 +217,9 @@ class ComputeRole:
                     slot.release()
                 for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
                     kv_ring.wait_and_advance().release()
-            # The epilogue stages O where this warp's Q rows were; nobody else reads them.
-            Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+                # The epilogue stages O where this warp's Q rows were; nobody else reads them.
+                Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+                q_slot.release()
+            else:
+                Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+        return q_ring, kv_ring

@@ -58,7 +58,19 @@ class LoadRole:
     @cute.jit
     def run(self, args: ForwardArgs):
         q_ring, kv_ring = self.q_ring, self.kv_ring
-        work = self.scheduler.tile(cute.arch.block_idx()[0])
+        index, _, _ = cute.arch.block_idx()
+        if const_expr(self.cfg.tile_loop):
+            grid, _, _ = cute.arch.grid_dim()
+            while index < self.scheduler.num_tiles():
+                q_ring, kv_ring = self.load_tile(args, index, q_ring, kv_ring)
+                index += grid
+        else:
+            self.load_tile(args, index, q_ring, kv_ring)
+
+    @cute.jit
+    def load_tile(self, args: ForwardArgs, index: Int32, q_ring: Any, kv_ring: Any):
+        """Everything one tile reads; returns the rings as it leaves them."""
+        work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
         row = work.m_block * self.cfg.block_m
         lo, hi = Int32(0), Int32(0)
@@ -94,3 +106,4 @@ class LoadRole:
                     tVsV[None, slot.index],
                     tma_bar_ptr=slot.barrier,
                 )
+        return q_ring, kv_ring
