@@ -266,12 +266,11 @@ def test_append_then_attend(fa4, how):
         acceptance.check(got, got_lse, ref, f"sequence {b}")
 
 
-def test_append_is_refused_on_a_gpu_before_it_writes(fa4):
+@pytest.mark.gpu
+def test_append_is_refused_on_a_gpu_before_it_writes(fa4, device):
     """Named, and the cache stays as it was."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    cache = torch.zeros(1, 8, 2, 64, dtype=BF16, device="cuda")
-    new = torch.ones(1, 1, 2, 64, dtype=BF16, device="cuda")
+    cache = torch.zeros(1, 8, 2, 64, dtype=BF16, device=device)
+    new = torch.ones(1, 1, 2, 64, dtype=BF16, device=device)
     with pytest.raises(NotImplementedError, match="k, v"):
         fa4.flash_attn_with_kvcache(new, cache, cache.clone(), new, new, cache_seqlens=0)
     assert (cache == 0).all()

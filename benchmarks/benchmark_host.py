@@ -1,0 +1,125 @@
+"""What a call costs before any kernel runs: host time to issue it, and the first call of a process.
+
+usage: python -m benchmarks.benchmark_host [--device cuda] [--peers]
+
+Host time: a small problem issued many times without waiting for the device; the best of several
+repeats, since everything else on the host only adds. First call: a fresh process each time, split
+into importing, loading the kernel, the first call of a shape and the second.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .common import RESULTS, ROOT, Problem, table, time_host, write_json
+
+SMALL = {
+    "dense": Problem(1, 128, 32, 8, 128, causal=True),
+    "dense decode": Problem(8, 1, 32, 8, 128, causal=True),
+}
+
+FRESH = """
+import json, time
+clock = time.perf_counter
+start = clock(); import torch; import kernels; imported = clock()
+if {device!r} == "cuda":
+    torch.zeros(1, device="cuda")
+ready = clock()
+from benchmarks.common import Problem, load_kernel
+kernel = load_kernel(); loaded = clock()
+q, k, v = Problem(1, 1024, 32, 8, 128, causal=True).tensors({device!r})
+sync = torch.cuda.synchronize if {device!r} == "cuda" else lambda: None
+def call():
+    sync(); start = clock(); kernel.flash_attn_func(q, k, v, causal=True); sync()
+    return clock() - start
+print(json.dumps(dict(import_s=imported - start, load_s=loaded - ready, first_call_s=call(),
+                      second_call_s=call())))
+"""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--peers", action="store_true", help="PyTorch and upstream beside ours")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes for first calls")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def implementations(peers: bool) -> dict[str, Any]:
+    """name -> (q, k, v, causal) -> out; those that cannot be imported are left out by name."""
+    from .peers import OURS, ours, sdpa, upstream
+
+    makers = {OURS: ours}
+    if peers:
+        makers |= {"torch-fa2": lambda: sdpa("FLASH_ATTENTION"), "upstream": upstream}
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"not measured: {name}: {error}")
+    return found
+
+
+def issue_times(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Microseconds of host time a call, for each small problem and implementation."""
+    import torch
+
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    calls, rows = implementations(options.peers), []
+    for name, problem in SMALL.items():
+        q, k, v = problem.tensors(options.device)
+        row: dict[str, Any] = {"what": f"issue {name}", "microseconds": {}}
+        for who, call in calls.items():
+
+            def once(call=call, q=q, k=k, v=v):
+                return call(q, k, v, True)
+
+            once()
+            times = [time_host(once, synchronize, options.count) for _ in range(options.repeats)]
+            row["microseconds"][who] = {
+                "best": round(min(times), 2),
+                "median": round(median(times), 2),
+            }
+        rows.append(row)
+    return rows
+
+
+def first_call(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each stage in fresh processes: the and all of them."""
+    program = FRESH.replace("{device!r}", repr(options.device))
+    runs = []
+    for _ in range(options.processes):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr[-3000:])
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {stage: round(median([run[stage] for run in runs]), 5) for stage in runs[0]}
+    return {"what": "fresh process", "seconds": medians, "runs": runs}
+
+
+def main() -> None:
+    options = arguments()
+    issued, fresh = issue_times(options), first_call(options)
+    output = options.output or RESULTS / f"host_{options.device}.json"
+    write_json(output, [*issued, fresh], device=options.device)
+    names = list(issued[0]["microseconds"])
+    lines = [
+        [row["what"], *(f"{row['microseconds'][n]['best']:.1f}" for n in names)] for row in issued
+    ]
+    print(table(["host time, us a call", *names], lines))
+    print(table(["fresh process, s", *fresh["seconds"]],
+                [["ours", *(f"{s:.4f}" for s in fresh["seconds"].values())]]))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

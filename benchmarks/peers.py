@@ -1,0 +1,160 @@
+"""The kernels compared, each behind one function (q, k, v, causal) -> out, all (b, s, h, d).
+
+Run as a program, it serves one of them: a problem a line on stdin, a line of JSON on stdout.
+
+    python -m benchmarks.peers NAME
+
+Upstream reads the architecture once a process, so each kernel is served by a process of its own;
+the benchmark asks them in turn, and only one of them has work on the card at a time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from .common import ROOT, Problem, load_kernel, time_cuda
+
+OURS = "ours"
+# Upstream's sm_120 kernel is mma.sync and runs on sm_90 when compiled for it: the direct relative
+# of ours. The number of SMs is what it sizes its grid by.
+UPSTREAM_ENVIRONMENT = {
+    "upstream-sm90": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a"},
+    "upstream-sm120": {
+        "FLASH_ATTENTION_ARCH": "sm_120",
+        "FLASH_ATTENTION_NUM_SMS": "132",
+        "CUTE_DSL_ARCH": "sm_90a",
+    },
+}
+
+
+def ours() -> Callable:
+    kernel = load_kernel()
+    return lambda q, k, v, causal: kernel.flash_attn_func(q, k, v, causal=causal)
+
+
+def sdpa(backend_name: str) -> Callable:
+    """PyTorch's scaled_dot_product_attention, held to one backend."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = getattr(SDPBackend, backend_name)
+
+    def call(q, k, v, causal):
+        with sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                is_causal=causal, enable_gqa=q.shape[2] != k.shape[2],
+            )  # fmt: skip
+        return out.transpose(1, 2)
+
+    return call
+
+
+def upstream() -> Callable:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    return lambda q, k, v, causal: _flash_attn_fwd(q, k, v, causal=causal)[0]
+
+
+def fastflash() -> Callable:
+    from fastflash_attention import fast_attention
+
+    def call(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = fast_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    return call
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
+    OURS: ours,
+    "torch-fa2": lambda: sdpa("FLASH_ATTENTION"),
+    "torch-cudnn": lambda: sdpa("CUDNN_ATTENTION"),
+    "upstream-sm90": upstream,
+    "upstream-sm120": upstream,
+    "fastflash": fastflash,
+}
+PEERS = tuple(name for name in IMPLEMENTATIONS if name != OURS)
+
+
+class Server:
+    """A process that holds one implementation ready."""
+
+    def __init__(self, name: str):
+        self.name = name
+        environment = os.environ | UPSTREAM_ENVIRONMENT.get(name, {})
+        command = [sys.executable, "-m", "benchmarks.peers", name]
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.unavailable: str | None = None
+
+    def ready(self) -> bool:
+        """Wait until it has imported what it needs; False with `unavailable` set if it cannot."""
+        self.unavailable = self._answer().get("error")
+        return self.unavailable is None
+
+    def measure(self, problem: Problem, milliseconds: float) -> dict[str, Any]:
+        """{"ms": [...], "error_vs_fa2": ..., "first_s": ...} or {"error": ...}."""
+        request = {"problem": asdict(problem), "milliseconds": milliseconds}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        for line in self._process.stdout:
+            if line.startswith("{"):  # anything else is a library talking
+                return json.loads(line)
+        return {"error": f"{self.name} ended with status {self._process.wait()}"}
+
+
+def _measure(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    problem = Problem(**request["problem"])
+    q, k, v = problem.tensors()
+    start = time.perf_counter()
+    out = call(q, k, v, problem.causal)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    reference = sdpa("FLASH_ATTENTION")(q, k, v, problem.causal)
+    error = float((out.float() - reference.float()).abs().max())
+    del out, reference
+    samples = time_cuda(lambda: call(q, k, v, problem.causal), request["milliseconds"])
+    return {"ms": samples, "error_vs_fa2": error, "first_s": first}
+
+
+def serve(name: str) -> None:
+    """Answer problems until stdin ends."""
+
+    def say(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), flush=True)
+
+    try:
+        call = IMPLEMENTATIONS[name]()
+    except Exception as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+        return
+    say({"ready": name})
+    for line in sys.stdin:
+        try:
+            say(_measure(call, json.loads(line)))
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            say({"error": f"{type(error).__name__}: {str(error)[:300]}"})
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
