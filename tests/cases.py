@@ -81,6 +81,7 @@ class Case:
             (self.d_v not in (None, self.d), "head_dim_v|head_dim"),
             (self.d not in GPU_HEAD_DIMS, "head_dim"),
             (self.num_splits > 1, "num_splits"),
+            ((self.softmax_scale or 0) < 0, "softmax_scale"),
             (self.strides in UNALIGNED_STRIDES, "stride|align"),
         )
         return "|".join(pattern for applies, pattern in reasons if applies) or None
@@ -290,6 +291,7 @@ def _features() -> Iterator[Case]:
         "alibi": {"alibi": "head"},
         "alibi_batch": {"alibi": "batch"},
         "scale": {"softmax_scale": 0.3},
+        "zero_scale": {"softmax_scale": 0.0},
         "negative_scale": {"softmax_scale": -0.1},
         "all": {"softcap": 15.0, "sink": True, "alibi": "batch", "softmax_scale": 0.2, "d_v": 32},
     }
