@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..flash_attn4_cute.problem import AttentionProblem, AttentionTensors
 from .dropout import Dropout, make_dropout
-from .forward import dot_keys, key_tiles, query_tiles, weigh_values
+from .forward import dot_keys, key_tiles, multiply, query_tiles, weigh_values
 from .groups import Group, make_groups
 from .scores import ScoreRule, Tile
 
@@ -122,6 +122,5 @@ def _sum_queries(weights: Tensor, rows: Tensor, num_heads_kv: int) -> Tensor:
     """weights^T rows, summed over the query heads of each key head: (n, h_k, cols, d)."""
     n, h, r, cols = weights.shape
     stacked = (n, num_heads_kv, h // num_heads_kv * r)
-    return torch.matmul(
-        weights.reshape(*stacked, cols).transpose(-1, -2), rows.reshape(*stacked, -1)
-    )
+    transposed = weights.reshape(*stacked, cols).transpose(-1, -2)
+    return multiply(transposed, rows.reshape(*stacked, rows.shape[-1]))

@@ -18,8 +18,8 @@ from .dropout import Dropout, make_dropout
 from .groups import Group, make_groups
 from .scores import ScoreRule, Tile
 
-# A tile of scores has about this many elements: 4 MiB in float32, near the size of an L2 cache.
-_TILE_ELEMENTS = 1 << 20
+# A tile of scores has about this many elements: 1 MiB in float32, so that it stays in an L2 cache.
+_TILE_ELEMENTS = 1 << 18
 _TILE_KEYS = 512
 
 
@@ -154,17 +154,25 @@ def dot_keys(queries: Tensor, keys: Tensor) -> Tensor:
     Query heads that share a key head are stacked as rows, so that keys are never repeated.
     """
     n, h, rows, d = queries.shape
-    h_k = keys.shape[1]
+    h_k, cols = keys.shape[1:3]
     stacked = queries.reshape(n, h_k, h // h_k * rows, d)
-    return torch.matmul(stacked, keys.to(queries.dtype).transpose(-1, -2)).view(n, h, rows, -1)
+    return multiply(stacked, keys.to(queries.dtype).transpose(-1, -2)).view(n, h, rows, cols)
 
 
 def weigh_values(p: Tensor, values: Tensor) -> Tensor:
     """p v per head: (n, h, rows, cols) and (n, h_k, cols, d_v) -> (n, h, rows, d_v)."""
     n, h, rows, cols = p.shape
-    h_k = values.shape[1]
+    h_k, d_v = values.shape[1], values.shape[3]
     stacked = p.reshape(n, h_k, h // h_k * rows, cols)
-    return torch.matmul(stacked, values.to(p.dtype)).view(n, h, rows, -1)
+    return multiply(stacked, values.to(p.dtype)).view(n, h, rows, d_v)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a b for 4-D tensors, sequence by sequence: torch.matmul would copy strided keys first."""
+    product = a.new_empty(*a.shape[:3], b.shape[3])
+    for i in range(a.shape[0]):
+        torch.bmm(a[i], b[i], out=product[i])
+    return product
 
 
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
