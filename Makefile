@@ -37,6 +37,7 @@ lint: ## ruff, ruff format and mypy, as CI and pre-commit run them
 	@$(PYTHON) scripts/setup_env.py lint
 	@$(VENV)/ruff check .
 	@$(VENV)/ruff format --check .
+	@rm -rf .cache/staged && $(VENV)/python -m flash_attn4_cute.build --stage .cache/staged
 	@$(VENV)/mypy
 
 clean: ## remove what was generated, but for .venv and .cache

