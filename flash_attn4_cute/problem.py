@@ -103,16 +103,33 @@ class AttentionOptions:
     requires_grad: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("softmax_scale", "softcap", "dropout_p"):
+        # Almost every call passes plain numbers: the common path is these comparisons.
+        if type(self.softcap) is not float or (
+            self.softmax_scale is not None and type(self.softmax_scale) is not float
+        ):
+            self._canonicalise(checks.as_float, "softmax_scale", "softcap")
+            if self.softcap is None:
+                object.__setattr__(self, "softcap", 0.0)
+        if type(self.dropout_p) is not float:
+            self._canonicalise(checks.as_float, "dropout_p")
+        if type(self.num_splits) is not int:
+            self._canonicalise(checks.as_int, "num_splits")
+        if self.max_seqlen_q is not None or self.max_seqlen_k is not None:
+            self._canonicalise(checks.as_int, "max_seqlen_q", "max_seqlen_k")
+        if self.pack_gqa is not None and self.pack_gqa is not True and self.pack_gqa is not False:
+            raise checks.refuse(
+                TypeError,
+                "pack_gqa",
+                repr(self.pack_gqa),
+                "must be True, False or None",
+                "Pass None to let the plan decide",
+            )
+
+    def _canonicalise(self, convert: Callable, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
-            if type(value) is not float and value is not None:
-                object.__setattr__(self, name, checks.as_float(name, value))
-        if self.softcap is None:
-            object.__setattr__(self, "softcap", 0.0)
-        for name in ("num_splits", "max_seqlen_q", "max_seqlen_k"):
-            value = getattr(self, name)
-            if type(value) is not int and value is not None:
-                object.__setattr__(self, name, checks.as_int(name, value))
+            if value is not None:
+                object.__setattr__(self, name, convert(name, value))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +176,26 @@ class AttentionProblem:
     def from_tensors(cls, tensors: AttentionTensors, options: AttentionOptions) -> AttentionProblem:
         """Check one call and describe it.
 
-        Reads shapes, strides, dtypes, devices and addresses, never values.
+        Reads shapes, strides, dtypes, devices and addresses, never values. A call that differs
+        from an earlier one in values only gets the earlier one's very object.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
             ValueError: shapes, devices or numbers that contradict each other or the rules above.
             NotImplementedError: a combination that is well-defined but not provided.
         """
+        signature = _signature(tensors, options)
+        problem = _known.get(signature)
+        if problem is None:
+            problem = cls._checked(tensors, options)
+            if signature is not None:
+                if len(_known) >= _MAX_KNOWN:
+                    _known.clear()
+                _known[signature] = problem
+        return problem
+
+    @classmethod
+    def _checked(cls, tensors: AttentionTensors, options: AttentionOptions) -> AttentionProblem:
         q, k, v = tensors.q, tensors.k, tensors.v
         validation.check_qkv_types(q, k, v)
         batch, seqlen_q = validation.query_extent(tensors, options)
@@ -219,6 +249,50 @@ class AttentionProblem:
         if self.q_layout is Layout.DENSE:
             return (self.batch, self.num_heads, self.seqlen_q)
         return (self.num_heads, q.shape[0])
+
+
+# Problems by the metadata of the calls that posed them: checking takes longer than looking up.
+_known: dict[tuple | None, AttentionProblem] = {}
+_MAX_KNOWN = 4096
+
+
+def _signature(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
+    """All that the checks of a call depend on, or None if it should be checked each time.
+
+    Calls with callables would keep these alive, and calls that autograd records or whose arguments
+    are not tensors are checked in full.
+    """
+    if (
+        options.requires_grad
+        or options.score_mod is not None
+        or t.aux_tensors is not None
+        or isinstance(options.mask, Custom)
+    ):
+        return None
+    q, k, v = t.q, t.k, t.v
+    optional = (
+        t.out,
+        t.lse,
+        t.cu_seqlens_q,
+        t.cu_seqlens_k,
+        t.seqused_q,
+        t.seqused_k,
+        t.page_table,
+        t.kv_batch_idx,
+        t.cache_leftpad,
+        t.sink,
+        t.alibi_slopes,
+    )
+    try:
+        address_bits = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        metadata = [None if x is None else _metadata(x) for x in optional]
+        return (_metadata(q), _metadata(k), _metadata(v), address_bits, options, *metadata)
+    except AttributeError:  # not a tensor, as the check will say
+        return None
+
+
+def _metadata(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device
 
 
 def is_aligned(t: Tensor) -> bool:
