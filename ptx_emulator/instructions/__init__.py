@@ -1,0 +1,21 @@
+"""One file for each class of instructions; importing this package registers them all."""
+
+from . import (  # noqa: F401
+    atomic,
+    bulk_copy,
+    convert,
+    cp_async,
+    float_arith,
+    half_arith,
+    integer,
+    matrix_load,
+    mbarrier,
+    memory,
+    mma_sync,
+    move,
+    sync,
+    warp,
+)
+from .registry import handler_of, instruction
+
+__all__ = ["handler_of", "instruction"]

@@ -1,0 +1,1 @@
+"""The machine: grid -> cluster -> CTA -> gangs of warps, memory, barriers, asynchronous work."""

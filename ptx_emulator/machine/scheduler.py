@@ -1,0 +1,42 @@
+"""Who runs next. Schedule 0 runs each gang until it waits; others interleave by a seeded draw."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class Scheduler:
+    """All choices of a run. The same seed makes the same choices."""
+
+    seed: int = 0
+    draw: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draw = random.Random(self.seed)
+
+    @property
+    def adversarial(self) -> bool:
+        return self.seed != 0
+
+    def choose(self, items: Sequence[T]) -> T:
+        """The first item in schedule 0, any in others."""
+        return items[0] if self.seed == 0 else items[self.draw.randrange(len(items))]
+
+    def quantum(self) -> int:
+        """Basic blocks that a gang may run before another is considered."""
+        return 100_000 if self.seed == 0 else self.draw.choice((1, 2, 4, 8, 32, 128, 1024))
+
+    def lets_async_run(self) -> bool:
+        """Whether an operation in flight finishes now although gangs can run."""
+        return self.seed != 0 and self.draw.random() < 0.3
+
+    def splits(self, warps: int) -> list[int] | None:
+        """Warps (by position) to part from a gang at a point of waiting, or None."""
+        if self.seed == 0 or warps == 1 or self.draw.random() > 0.15:
+            return None
+        part = [index for index in range(warps) if self.draw.random() < 0.5]
+        return part if 0 < len(part) < warps else None

@@ -1,0 +1,1 @@
+"""PTX text -> instructions (parser) -> basic blocks with liveness (flow) -> Python (emit)."""

@@ -1,0 +1,110 @@
+"""The way in: a session is one emulated card with a schedule; its `call` runs compiled callables."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .findings import Findings
+from .launch.host import Host, Launch, bootstrap
+from .launch.tensors import Allocations, wrap
+from .machine.cards import Card, card_of
+from .machine.machine import Machine
+from .machine.memory import GlobalMemory
+from .machine.scheduler import Scheduler
+from .ptx.program import load
+
+
+@dataclass
+class Run:
+    """What one launch did."""
+
+    kernel: str
+    instructions: int  # warp instructions
+    seconds: float
+
+
+@dataclass
+class Session:
+    """An emulated card. Launches run at once, in order, whatever their stream."""
+
+    card: Card
+    schedule: int
+    host: Host
+    findings: Findings
+    allocations: Allocations = field(default_factory=Allocations)
+    runs: list[Run] = field(default_factory=list)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a compiled CuTe DSL function with CPU tensors (also in tuples and dataclasses).
+
+        Raises:
+            EmulationError: the kernel did what the machine does not allow; see findings.py.
+        """
+        self.host.error = None
+        try:
+            result = function(*wrap(args, self.allocations))
+        except Exception:
+            self._raise_error()
+            raise
+        self._raise_error()
+        return result
+
+    def _raise_error(self) -> None:
+        if self.host.error is not None:
+            error, self.host.error = self.host.error, None
+            raise error
+
+    def launch(self, launch: Launch) -> None:
+        """Execute one launch."""
+        import time
+
+        program = load(launch.ptx, launch.kernel)
+        for data in program.global_data.values():
+            self.allocations.add(data.ctypes.data, data.nbytes, data)
+        machine = Machine(
+            launch,
+            program,
+            self.card,
+            GlobalMemory(self.allocations),
+            Scheduler(self.schedule),
+            self.findings,
+        )
+        start = time.perf_counter()
+        machine.run()
+        sizes = [len(block.code) + 1 for block in program.flow.blocks]
+        issued = sum(n * size for n, size in zip(machine.block_counts, sizes, strict=False))
+        self.runs.append(Run(launch.kernel, issued, time.perf_counter() - start))
+
+    @property
+    def instructions(self) -> int:
+        return sum(run.instructions for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        return sum(run.seconds for run in self.runs)
+
+
+@contextmanager
+def session(
+    arch: str, schedule: int = 0, collect: bool = False, strict: bool = False
+) -> Iterator[Session]:
+    """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
+
+    Args:
+        arch: which card; also what CuTe DSL compiles for if nothing else is said.
+        schedule: seed of all choices of order; 0 runs gangs as long as they can.
+        collect: keep reportable findings in `findings` and go on, instead of raising.
+        strict: a read of shared memory that nothing wrote is a fault, not a NaN.
+    """
+    host = bootstrap()
+    card = card_of(arch)
+    host.set_device(card.major, card.minor, card.num_sms)
+    host.set_arch(card.arch)
+    emulated = Session(card, schedule, host, Findings(collect, strict))
+    before, host.on_launch = host.on_launch, emulated.launch
+    try:
+        yield emulated
+    finally:
+        host.on_launch = before
