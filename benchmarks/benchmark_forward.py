@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .common import RESULTS, Problem, prefill_grid, table, write_json
-from .peers import OURS, PEERS, Server
+from .common import RESULTS, Problem, build_kernel, prefill_grid, table, write_json
+from .peers import OURS, PEERS, Server, start_servers
 
 WRONG = 0.05  # more than bf16 noise between two exact kernels on normal inputs
 
@@ -35,17 +35,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_servers(names: list[str]) -> list[Server]:
-    """All at once, since each takes seconds to import; those that cannot run are named."""
-    servers = [Server(name) for name in names]
-    running = [server for server in servers if server.ready()]
-    for server in servers:
-        if server.unavailable:
-            print(f"not measured: {server.name}: {server.unavailable}")
-    return running
-
-
-def measure(problem: Problem, servers: list[Server], rounds: int, milliseconds: float):
+def measure(
+    problem: Problem, build_kernel, servers: list[Server], rounds: int, milliseconds: float
+):
     """name -> {"median_ms", "round_medians_ms", ...} or {"error"}."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
@@ -69,7 +61,9 @@ def measure(problem: Problem, servers: list[Server], rounds: int, milliseconds: 
     return found
 
 
-def make_row(problem: Problem, found: dict[str, dict[str, Any]], ceiling: float | None):
+def make_row(
+    problem: Problem, build_kernel, found: dict[str, dict[str, Any]], ceiling: float | None
+):
     """One row of the JSON: ratios are our speed over theirs."""
     mine = found.get(OURS, {}).get("tflops")
     ratios = {
@@ -103,10 +97,14 @@ def print_table(rows: list[dict[str, Any]], names: list[str]) -> None:
             )
         lines.append(line)
     print(table([*header, "of ceiling"] if ceiling else header, lines))
-    for row in rows:
-        for name, entry in row["measured"].items():
-            if "error" in entry:
-                print(f"{name}, {Problem(**row['problem'])}: {entry['error']}")
+    refusals = {
+        (name, entry["error"]): str(Problem(**row["problem"]))
+        for row in rows
+        for name, entry in row["measured"].items()
+        if "error" in entry
+    }
+    for (name, error), problem in refusals.items():
+        print(f"{name} gave no answer, for example to {problem}: {error}")
 
 
 def failed(rows: list[dict[str, Any]]) -> bool:
@@ -120,6 +118,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA GPU")
     peers = [] if options.peers is None else options.peers or list(PEERS)
+    build_kernel()
     servers = start_servers([OURS, *peers])
     problems = prefill_grid(options.dtype)
     rounds = options.rounds

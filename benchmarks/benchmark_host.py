@@ -15,12 +15,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .common import RESULTS, ROOT, Problem, table, time_host, write_json
+from .common import RESULTS, ROOT, Problem, build_kernel, table, write_json
+from .peers import OURS, start_servers
 
 SMALL = {
     "dense": Problem(1, 128, 32, 8, 128, causal=True),
     "dense decode": Problem(8, 1, 32, 8, 128, causal=True),
 }
+
+HOST_PEERS = ("torch-fa2", "upstream-sm90")
 
 FRESH = """
 import json, time
@@ -52,43 +55,24 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def implementations(peers: bool) -> dict[str, Any]:
-    """name -> (q, k, v, causal) -> out; those that cannot be imported are left out by name."""
-    from .peers import OURS, ours, sdpa, upstream
-
-    makers = {OURS: ours}
-    if peers:
-        makers |= {"torch-fa2": lambda: sdpa("FLASH_ATTENTION"), "upstream": upstream}
-    found = {}
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except ImportError as error:
-            print(f"not measured: {name}: {error}")
-    return found
-
-
 def issue_times(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Microseconds of host time a call, for each small problem and implementation."""
-    import torch
-
-    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
-    calls, rows = implementations(options.peers), []
+    names = [OURS, *(HOST_PEERS if options.peers else ())]
+    servers, rows = start_servers(names, options.device), []
     for name, problem in SMALL.items():
-        q, k, v = problem.tensors(options.device)
         row: dict[str, Any] = {"what": f"issue {name}", "microseconds": {}}
-        for who, call in calls.items():
-
-            def once(call=call, q=q, k=k, v=v):
-                return call(q, k, v, True)
-
-            once()
-            times = [time_host(once, synchronize, options.count) for _ in range(options.repeats)]
-            row["microseconds"][who] = {
+        for server in servers:
+            answer = server.issue(problem, options.count, options.repeats)
+            if "error" in answer:
+                raise SystemExit(f"{server.name}: {answer['error']}")
+            times = answer["us"]
+            row["microseconds"][server.name] = {
                 "best": round(min(times), 2),
                 "median": round(median(times), 2),
             }
         rows.append(row)
+    for server in servers:
+        server.close()
     return rows
 
 
@@ -109,6 +93,7 @@ def first_call(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     options = arguments()
+    build_kernel()
     issued, fresh = issue_times(options), first_call(options)
     output = options.output or RESULTS / f"host_{options.device}.json"
     write_json(output, [*issued, fresh], device=options.device)

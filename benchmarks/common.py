@@ -110,6 +110,11 @@ def time_host(call: Callable[[], Any], synchronize: Callable[[], Any], count: in
     return elapsed / count * 1e6
 
 
+def build_kernel() -> None:
+    """Assemble build/ from the present sources."""
+    subprocess.run([sys.executable, "-m", "flash_attn4_cute.build"], cwd=ROOT, check=True)
+
+
 def load_kernel():
     """The kernel as users load it, from build/."""
     os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={ROOT / 'build'}"

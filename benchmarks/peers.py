@@ -4,8 +4,9 @@ Run as a program, it serves one of them: a problem a line on stdin, a line of JS
 
     python -m benchmarks.peers NAME
 
-Upstream reads the architecture once a process, so each kernel is served by a process of its own;
-the benchmark asks them in turn, and only one of them has work on the card at a time.
+Each kernel is served by a process of its own: upstream reads the architecture once a process, and
+its helper library quack patches CuTe DSL for the whole of it. The benchmark asks them in turn, so
+only one of them has work on the card at a time.
 """
 
 import json
@@ -13,17 +14,16 @@ import os
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .common import ROOT, Problem, load_kernel, time_cuda
+from .common import ROOT, Problem, load_kernel, time_cuda, time_host
 
 OURS = "ours"
 # Upstream's sm_120 kernel is mma.sync and runs on sm_90 when compiled for it: the direct relative
 # of ours. The number of SMs is what it sizes its grid by.
-UPSTREAM_ENVIRONMENT = {
+ENVIRONMENT = {
     "upstream-sm90": {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a"},
     "upstream-sm120": {
         "FLASH_ATTENTION_ARCH": "sm_120",
@@ -84,12 +84,22 @@ IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
 PEERS = tuple(name for name in IMPLEMENTATIONS if name != OURS)
 
 
+def start_servers(names: Sequence[str], device: str = "cuda") -> list["Server"]:
+    """All at once, since each takes seconds to import; those that cannot run are named."""
+    servers = [Server(name, device) for name in names]
+    running = [server for server in servers if server.ready()]
+    for server in servers:
+        if server.unavailable:
+            print(f"not measured: {server.name}: {server.unavailable}")
+    return running
+
+
 class Server:
     """A process that holds one implementation ready."""
 
-    def __init__(self, name: str):
-        self.name = name
-        environment = os.environ | UPSTREAM_ENVIRONMENT.get(name, {})
+    def __init__(self, name: str, device: str = "cuda"):
+        self.name, self.device = name, device
+        environment = os.environ | ENVIRONMENT.get(name, {})
         command = [sys.executable, "-m", "benchmarks.peers", name]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True,
@@ -104,7 +114,14 @@ class Server:
 
     def measure(self, problem: Problem, milliseconds: float) -> dict[str, Any]:
         """{"ms": [...], "error_vs_fa2": ..., "first_s": ...} or {"error": ...}."""
-        request = {"problem": asdict(problem), "milliseconds": milliseconds}
+        return self._ask(problem, milliseconds=milliseconds)
+
+    def issue(self, problem: Problem, count: int, repeats: int) -> dict[str, Any]:
+        """{"us": [...]}, host microseconds a call, one figure a repeat, or {"error": ...}."""
+        return self._ask(problem, count=count, repeats=repeats)
+
+    def _ask(self, problem: Problem, **how: Any) -> dict[str, Any]:
+        request = {"problem": asdict(problem), "device": self.device, **how}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._answer()
@@ -136,6 +153,22 @@ def _measure(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
     return {"ms": samples, "error_vs_fa2": error, "first_s": first}
 
 
+def _issue(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    device = request["device"]
+    problem = Problem(**request["problem"])
+    q, k, v = problem.tensors(device)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def once():
+        return call(q, k, v, problem.causal)
+
+    once()
+    repeats = range(request["repeats"])
+    return {"us": [time_host(once, synchronize, request["count"]) for _ in repeats]}
+
+
 def serve(name: str) -> None:
     """Answer problems until stdin ends."""
 
@@ -150,9 +183,9 @@ def serve(name: str) -> None:
     say({"ready": name})
     for line in sys.stdin:
         try:
-            say(_measure(call, json.loads(line)))
+            request = json.loads(line)
+            say((_measure if "milliseconds" in request else _issue)(call, request))
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)
             say({"error": f"{type(error).__name__}: {str(error)[:300]}"})
 
 
