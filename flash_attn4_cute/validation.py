@@ -5,6 +5,7 @@ They read shapes, dtypes and devices, never values, so a CUDA tensor causes no s
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -208,7 +209,7 @@ def _check_paged(tensors: AttentionTensors, batch: int) -> int:
     check_index_tensor("page_table", table, k.device, expected, "(b, max_pages)")
     for name, t in (
         ("cu_seqlens_k", tensors.cu_seqlens_k),
-        ("kv_batch_idx", tensors.kv_batch_idx),
+        ("cache_batch_idx", tensors.kv_batch_idx),
         ("cache_leftpad", tensors.cache_leftpad),
     ):
         if t is not None:
@@ -251,8 +252,10 @@ def check_optional_tensors(tensors: AttentionTensors, batch: int, num_heads: int
 
 
 def _check_cache_rows(tensors: AttentionTensors, batch: int) -> None:
-    for name in ("kv_batch_idx", "cache_leftpad"):
-        tensor = getattr(tensors, name)
+    for name, tensor in (
+        ("cache_batch_idx", tensors.kv_batch_idx),
+        ("cache_leftpad", tensors.cache_leftpad),
+    ):
         if tensor is None:
             continue
         if tensors.cu_seqlens_k is not None:
@@ -290,9 +293,21 @@ def _check_result(
 
 
 def check_options(tensors: AttentionTensors, options: AttentionOptions) -> None:
-    if options.softcap < 0.0:
+    if not 0.0 <= options.softcap < math.inf:
         raise refuse(
-            ValueError, "softcap", options.softcap, "must be >= 0", "Pass 0.0 to switch it off"
+            ValueError,
+            "softcap",
+            options.softcap,
+            "must be >= 0 and finite",
+            "Pass 0.0 to switch it off",
+        )
+    if options.softmax_scale is not None and not math.isfinite(options.softmax_scale):
+        raise refuse(
+            ValueError,
+            "softmax_scale",
+            options.softmax_scale,
+            "must be finite",
+            "Pass a finite float, or None for 1 / sqrt(head_dim)",
         )
     if not 0.0 <= options.dropout_p < 1.0:
         raise refuse(
