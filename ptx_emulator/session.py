@@ -1,8 +1,7 @@
 """The way in: a session is one emulated card with a schedule; its `call` runs compiled callables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from ..findings import DescriptorFault, Misaligned, OutOfBounds, Unmodelled
-from ..launch.tensormap import TILED, SWIZZLE_MASK, TensorMap
+from ..launch.tensormap import SWIZZLE_MASK, TILED, TensorMap
 from .memory import DEFINED, RESERVED_SMEM, GlobalMemory, SharedMemory, _WholeMemory
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from .syntax import Address, Instruction, Kernel, Not, Operand, Pair, Reg, Symbol, Vector
 
 _NO_DESTINATION = frozenset(
-    "st red bar barrier cp fence membar bra brx ret exit trap setmaxnreg prefetch prefetchu "
-    "nanosleep griddepcontrol discard applypriority stmatrix brkpt pmevent".split()
+    ["st", "red", "bar", "barrier", "cp", "fence", "membar", "bra", "brx", "ret", "exit", "trap", "setmaxnreg", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "discard", "applypriority", "stmatrix", "brkpt", "pmevent"]
 )
 
 

@@ -1,0 +1,1 @@
+"""The command line: `python -m ptx_emulator`. Its adapters are the only modules here that know kernels."""
