@@ -60,9 +60,9 @@ def new_token_counts(update: CacheUpdate) -> Tensor:
 
 
 def _check_new_tokens(update: CacheUpdate, tensors: AttentionTensors, batch: int) -> None:
-    packed = update.cu_seqlens_k_new is not None
-    if packed:
-        cu = update.cu_seqlens_k_new
+    cu = update.cu_seqlens_k_new
+    packed = cu is not None
+    if cu is not None:
         check_index_tensor("cu_seqlens_k_new", cu, tensors.q.device, (batch + 1,), "(b + 1,)")
     for name, new, cache in (("k", update.k, tensors.k), ("v", update.v, tensors.v)):
         checks.check_is_tensor(name, new)

@@ -226,6 +226,7 @@ def _check_paged(tensors: AttentionTensors, batch: int) -> int:
 
 
 def check_optional_tensors(tensors: AttentionTensors, batch: int, num_heads: int) -> None:
+    """Every optional tensor that is given has the shape, dtype and device it must have."""
     device = tensors.q.device
     if tensors.seqused_q is not None:
         check_index_tensor("seqused_q", tensors.seqused_q, device, (batch,), "(b,)")
@@ -252,11 +253,11 @@ def check_optional_tensors(tensors: AttentionTensors, batch: int, num_heads: int
 
 
 def _check_cache_rows(tensors: AttentionTensors, batch: int) -> None:
-    for name, tensor in (
+    for name, rows in (
         ("cache_batch_idx", tensors.kv_batch_idx),
         ("cache_leftpad", tensors.cache_leftpad),
     ):
-        if tensor is None:
+        if rows is None:
             continue
         if tensors.cu_seqlens_k is not None:
             raise refuse(
@@ -266,7 +267,7 @@ def _check_cache_rows(tensors: AttentionTensors, batch: int) -> None:
                 "needs dense k and v (b, sk, h_k, d)",
                 "Drop it, or drop cu_seqlens_k",
             )
-        check_index_tensor(name, tensor, tensors.q.device, (batch,), "(b,)")
+        check_index_tensor(name, rows, tensors.q.device, (batch,), "(b,)")
 
 
 def _check_alibi(slopes: Tensor, device: torch.device, batch: int, num_heads: int) -> None:
@@ -293,6 +294,7 @@ def _check_result(
 
 
 def check_options(tensors: AttentionTensors, options: AttentionOptions) -> None:
+    """Numbers are in range, callables callable, and what autograd records differentiable."""
     if not 0.0 <= options.softcap < math.inf:
         raise refuse(
             ValueError,

@@ -304,7 +304,7 @@ CASES = {
     ),
     "appending and autograd": (
         cache(q=rand(BATCH, 2, HEADS, DIM).requires_grad_(), out=None),
-        "NotImplementedError | requires_grad=True: a call that writes into the cache | torch.no_grad()",
+        "NotImplementedError | requires_grad=True: a call that writes | torch.no_grad()",
     ),
     # cumulative lengths
     "rank of cu_seqlens_q": (
@@ -463,7 +463,7 @@ CASES = {
     # merging
     "layout of lse_partial": (
         combine(lse_partial=rand(3, BATCH, SQ, HEADS)),
-        "ValueError | lse_partial.shape=(3, 2, 3, 4): must be one value per row, heads first | lse_partial",
+        "ValueError | lse_partial.shape=(3, 2, 3, 4): must be one value per row | lse_partial",
     ),
     "dtype of lse_partial": (
         combine(lse_partial=rand(3, BATCH, HEADS, SQ, dtype=torch.float16)),

@@ -98,7 +98,7 @@ def _flash_attn_fwd(
             causal, (_limit(window_size_left), _limit(window_size_right)), mask_mod
         ),
         softmax_scale=softmax_scale,
-        softcap=softcap,
+        softcap=softcap or 0.0,
         num_splits=num_splits,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,

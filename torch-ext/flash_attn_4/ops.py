@@ -183,6 +183,7 @@ def result_shapes(call: tuple) -> tuple[list, list]:
 
 @_define("forward", f"({_CALL}) -> (Tensor, Tensor)")
 def forward(*call: Any) -> tuple[Tensor, Tensor]:
+    """Attention into new tensors."""
     out, lse = execute.attend(*unflatten(call))
     assert lse is not None
     return out, lse
@@ -201,6 +202,7 @@ def _(*call: Any) -> tuple[Tensor, Tensor]:
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *call: Any) -> tuple:
+    """Gradients of `forward`; dsink is empty without a sink."""
     tensors, options = unflatten(call)
     dq, dk, dv, dsink = execute.differentiate(tensors, options, (out, lse), (dout, dlse))
     return dq, dk, dv, dq.new_empty(0) if dsink is None else dsink
@@ -237,6 +239,7 @@ forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 @_define("forward_out", f"(Tensor(a!) out, Tensor(b!)? lse, {_CALL}) -> ()", ("out", "lse"))
 def forward_out(out: Tensor, lse: Tensor | None, *call: Any) -> None:
+    """Attention into given tensors."""
     tensors, options = unflatten(call, return_lse=False)
     tensors.out, tensors.lse = out, lse
     execute.attend(tensors, options)
@@ -254,6 +257,7 @@ def _(out: Tensor, lse: Tensor | None, *call: Any) -> None:
     ("out", "lse", "k", "v"),
 )
 def with_kvcache(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
+    """Append to the cache in place, then attention into given tensors."""
     k, v, cache_seqlens, cu_new, cos, sin, interleaved, *call = arguments
     tensors, options = unflatten(tuple(call), return_lse=False)
     tensors.out, tensors.lse = out, lse

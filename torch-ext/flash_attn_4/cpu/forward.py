@@ -133,7 +133,7 @@ class OnlineSoftmax:
         p = scores.sub_(base).exp_()
         norm = p.sum(dim=-1, keepdim=True)
         o = weigh_values(p if multiplier is None else p.mul_(multiplier), values)
-        if self.m is not None:
+        if self.m is not None and self.norm is not None and self.o is not None:
             # norm <- norm * exp(m_old - m) + sum_j exp(s_j - m), and the same for o
             decay = self.m.sub_(base).exp_()
             norm.addcmul_(self.norm, decay)

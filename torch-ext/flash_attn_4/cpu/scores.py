@@ -109,18 +109,18 @@ class ScoreRule:
         return admitted if visible is None else admitted & visible
 
     def _in_band(self, tile: Tile) -> Tensor | None:
+        # i + sk - sq - left <= j <= i + sk - sq + right; None where the tile lies inside the band.
         if isinstance(self.band, Full):
             return None
         left, right = self.band.left, self.band.right
         first, last = tile.rows.start + tile.diagonal, tile.rows.stop - 1 + tile.diagonal
-        cuts_left = left is not None and tile.cols.start < last - left
-        cuts_right = right is not None and tile.cols.stop - 1 > first + right
-        if not (cuts_left or cuts_right):
-            return None
-        distance = tile.col_positions() - tile.row_positions()
-        if not cuts_left:
-            return distance <= right
-        return distance >= -left if not cuts_right else (distance >= -left) & (distance <= right)
+        visible = None
+        if right is not None and tile.cols.stop - 1 > first + right:
+            visible = tile.col_positions() <= tile.row_positions() + right
+        if left is not None and tile.cols.start < last - left:
+            recent = tile.col_positions() >= tile.row_positions() - left
+            visible = recent if visible is None else visible & recent
+        return visible
 
     def _slopes(self, tile: Tile) -> Tensor:
         """(count or 1, h, 1, 1)."""
