@@ -218,6 +218,13 @@ def _varlen() -> Iterator[Case]:
         yield Case(
             name=f"varlen_{lengths}_{mask}", layout="varlen", seqlens_q=sq, seqlens_k=sk, **args
         )
+    # FA#2760, FA#2761: more splits than there are blocks of keys, sequence by sequence
+    for lengths, splits in product(("interleaved_zeros", "decode"), (2, 5, 256)):
+        sq, sk = VARLEN_LENGTHS[lengths]
+        name = f"varlen_{lengths}_splits{splits}"
+        yield Case(
+            name=name, layout="varlen", seqlens_q=sq, seqlens_k=sk, num_splits=splits, causal=True
+        )
     for dtype, d in ((F16, 64), (BF16, 96), (F32, 64)):
         sq, sk = VARLEN_LENGTHS["interleaved_zeros"]
         name = f"varlen_{str(dtype)[6:]}_d{d}"
@@ -270,6 +277,7 @@ def _pages() -> Iterator[Case]:
         if size in (3, 16):
             yield replace(base, name=f"{layout}_page{size}_full")
             yield replace(base, name=f"{layout}_page{size}_band", window=(40, 3))
+            yield replace(base, name=f"{layout}_page{size}_splits", num_splits=7, causal=True)
             yield replace(
                 base, name=f"{layout}_page{size}_interleaved_kv", strides="interleaved_kv"
             )

@@ -64,6 +64,41 @@ def test_out_of_packed_queries_is_written_in_place(fa4, device):
     assert answer.outs[2].data_ptr() == out[5:].data_ptr()
 
 
+@pytest.mark.parametrize("layout", ["dense", "varlen"])
+def test_rows_outside_every_sequence_are_zero(fa4, device, layout):
+    """Queries past seqused_q or behind the last sequence: out = 0, LSE = -inf, no stale memory."""
+    lengths = (130, 300) if layout == "varlen" else (300, 300)
+    case = Case(
+        name="outside", layout=layout, seqlens_q=lengths, seqlens_k=(200, 200), used_q=(7, 129),
+        causal=True,
+    )  # fmt: skip
+    call = harness.build(case, device)
+    if layout == "varlen":
+        call.q = torch.cat([call.q, torch.full_like(call.q[:20], float("nan"))])
+    stale = torch.full_like(call.q, float("nan"))  # what the allocator may hand out again
+    del stale
+    out, lse = harness.run_uncut(fa4, call)
+    harness.judge(call, harness.cut(call, out, lse))
+    rows = out if layout == "varlen" else out.flatten(0, 1)
+    lses = lse if layout == "varlen" else lse.transpose(0, 1).flatten(1)
+    second = case.seqlens_q[0]
+    outside = torch.ones(len(rows), dtype=torch.bool, device=device)
+    outside[:7], outside[second : second + 129] = False, False
+    assert (rows[outside] == 0).all()
+    assert (lses[:, outside] == float("-inf")).all()
+
+
+def test_the_call_of_serving_engines(fa4, device):
+    """_flash_attn_fwd, with its own names for window and sink, gives the same bits."""
+    call = harness.build(packed("engine", causal=True, window=(60, 0)), device)
+    plain = harness.run(fa4, call)
+    out, lse = fa4._flash_attn_fwd(
+        call.q, call.k, call.v, causal=True, window_size_left=60, window_size_right=None,
+        return_lse=True, **call.tensors,
+    )  # fmt: skip
+    assert harness.same_bits(plain, harness.cut(call, out, lse))
+
+
 def test_sequences_do_not_see_each_other(fa4, device):
     """NaN in one sequence changes no bit of another, though blocks of keys overlap it."""
     sq, sk = cases.VARLEN_LENGTHS["ragged"]
