@@ -27,17 +27,16 @@ class TileConfig:
 
     Each compute warp owns `rows_per_warp` query rows: two m16 tiles, so that one `ldmatrix.x4` of
     K or V feeds four `mma.sync`. Blocks of `block_n` rows of K and of V take turns in a ring of
-    `kv_stages` slots. `tile_loop` wraps the tile in a loop over the grid that a full grid runs once:
-    it changes nothing but the schedule that ptxas finds, which rows choose by measurement.
+    `kv_stages` slots. `stack_bytes` is the most that ptxas may spill a thread.
     """
 
     head_dim: int
     block_n: int
     kv_stages: int
-    tile_loop: bool = False
     num_compute_warps: int = 8
     rows_per_warp: int = 32
     registers: RegisterBudget = RegisterBudget(load=24, compute=240)
+    stack_bytes: int = 0
 
     @property
     def block_m(self) -> int:
@@ -76,13 +75,15 @@ class TileConfig:
 
 
 # One row serves every card of the family until a card is measured to want its own.
-# Measured on an H200 as sm_90a, 2026-11-21, bf16, TFLOP/s dense / causal at b1 s8192 h32/8 (d 96, 128)
-# and b2 s8192 h32 (d 64); not yet run on sm_120 or sm_121 hardware.
+# Measured on an H200 as sm_90a, 2026-11-21, bf16, TFLOP/s dense / causal, at b1 s8192 h32/8 (d 96
+# and 128) and b2 s8192 h32 (d 64); not yet run on sm_120 or sm_121 hardware.
 FORWARD_ROWS: dict[int, TileConfig] = {
-    # 342 / 341; with tile_loop 338 / 333
+    # 340 / 348; 12 compute warps of 160 registers: 327 / 324
     64: TileConfig(head_dim=64, block_n=64, kv_stages=6),
-    # 403 / 401; with tile_loop 351 / 349; block_n 48: 338 / 331
+    # 399 / 397; block_n 48: 338 / 331
     96: TileConfig(head_dim=96, block_n=64, kv_stages=4),
-    # 403 / 386; without tile_loop 365 / 338; block_n 48: 384 / 378
-    128: TileConfig(head_dim=128, block_n=64, kv_stages=2, tile_loop=True),
+    # 424 / 410; block_n 48: 384 / 378; block_n 32, 4 slots: 347 / 340
+    # ptxas spills at most 8 bytes for sm_90a (causal) and 144 for sm_120a and sm_121a, where it
+    # renames the accumulators; what that costs there has not been timed.
+    128: TileConfig(head_dim=128, block_n=64, kv_stages=2, stack_bytes=144),
 }

@@ -17,7 +17,7 @@ class WorkTile:
 
 @dataclass(frozen=True)
 class TileScheduler:
-    """The order of the tiles: CTA i of the grid computes tile i; the hardware starts them in turn.
+    """The order of the tiles: CTA i computes tiles i, i + grid, ...; a full grid, one tile each.
 
     Heads run fastest, so that query heads which share a key head run together and meet its keys in
     the L2 cache. The last query block comes first: under a causal mask it is the longest, and short

@@ -41,6 +41,11 @@ class WarpMma:
         shape = self.tiled_mma().partition_shape_C((self.cfg.rows_per_warp, columns))
         return cute.make_rmem_tensor(shape, Float32)
 
+    def score_coordinates(self, lane: Int32) -> cute.Tensor:
+        """(row, column) inside the block of every score that the lane holds, as (rows, columns)."""
+        cS = cute.make_identity_tensor((self.cfg.rows_per_warp, self.cfg.block_n))
+        return rows_and_columns(self.tiled_mma().get_slice(lane).partition_C(cS))
+
     @cute.jit
     def scores(self, acc_S: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
         """acc_S = Q K^T, Q (32, d) and K (block_n, d) both with d contiguous."""
@@ -116,6 +121,16 @@ class WarpMma:
 
 
 @cute.jit
+def reread(lane: Int32) -> Int32:
+    """`lane`, in a form that the compiler cannot carry out of a loop or a branch.
+
+    What is computed from it afterwards, such as every address of the epilogue, then takes no
+    register while the key loop runs (d 128, H200: 424 instead of 403 TFLOP/s, and no spill).
+    """
+    return cute.arch.shuffle_sync(lane, lane)
+
+
+@cute.jit
 def clear_rows(sV: cute.Tensor, rows: Int32, lane: Int32):
     """Zero the rows >= `rows` of a block of V (block_n, d): 0 * NaN would reach the output.
 
@@ -153,14 +168,11 @@ class ComputeRole:
     @cute.jit
     def run(self, args: ForwardArgs):
         q_ring, kv_ring = self.q_ring, self.kv_ring
+        grid, _, _ = cute.arch.grid_dim()
         index, _, _ = cute.arch.block_idx()
-        if const_expr(self.cfg.tile_loop):
-            grid, _, _ = cute.arch.grid_dim()
-            while index < self.scheduler.num_tiles():
-                q_ring, kv_ring = self.compute_tile(args, index, q_ring, kv_ring)
-                index += grid
-        else:
-            self.compute_tile(args, index, q_ring, kv_ring)
+        while index < self.scheduler.num_tiles():
+            q_ring, kv_ring = self.compute_tile(args, index, q_ring, kv_ring)
+            index += grid
 
     @cute.jit
     def compute_tile(self, args: ForwardArgs, index: Int32, q_ring: Any, kv_ring: Any):
@@ -172,8 +184,6 @@ class ComputeRole:
         acc_S = mma.accumulator(cfg.block_n)
         acc_O = mma.accumulator(cfg.head_dim)
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
-        cS = cute.make_identity_tensor((cfg.rows_per_warp, cfg.block_n))
-        cS_mn = rows_and_columns(mma.tiled_mma().get_slice(lane).partition_C(cS))
         sQ = cute.local_tile(
             self.sQ[None, None, 0], (cfg.rows_per_warp, cfg.head_dim), (warp_rows // 32, 0)
         )
@@ -204,7 +214,8 @@ class ComputeRole:
                     mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
                     slot.release()
                     if n_block < full_lo or n_block >= full_hi:
-                        mask.apply(acc_S_mn, cS_mn, row, n_block * cfg.block_n)
+                        coord = mma.score_coordinates(reread(lane))
+                        mask.apply(acc_S_mn, coord, row, n_block * cfg.block_n)
                     softmax.update(acc_S_mn, acc_O_mn)
                     slot = kv_ring.wait_and_advance()
                     sVt = self.sVt[None, None, slot.index]
@@ -218,8 +229,8 @@ class ComputeRole:
                 for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
                     kv_ring.wait_and_advance().release()
                 # The epilogue stages O where this warp's Q rows were; nobody else reads them.
-                Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+                Epilogue(cfg, self.dtype, sQ, reread(lane)).run(args, work, row, softmax, acc_O)
                 q_slot.release()
             else:
-                Epilogue(cfg, self.dtype, sQ, lane).run(args, work, row, softmax, acc_O)
+                Epilogue(cfg, self.dtype, sQ, reread(lane)).run(args, work, row, softmax, acc_O)
         return q_ring, kv_ring

@@ -58,14 +58,11 @@ class LoadRole:
     @cute.jit
     def run(self, args: ForwardArgs):
         q_ring, kv_ring = self.q_ring, self.kv_ring
+        grid, _, _ = cute.arch.grid_dim()
         index, _, _ = cute.arch.block_idx()
-        if const_expr(self.cfg.tile_loop):
-            grid, _, _ = cute.arch.grid_dim()
-            while index < self.scheduler.num_tiles():
-                q_ring, kv_ring = self.load_tile(args, index, q_ring, kv_ring)
-                index += grid
-        else:
-            self.load_tile(args, index, q_ring, kv_ring)
+        while index < self.scheduler.num_tiles():
+            q_ring, kv_ring = self.load_tile(args, index, q_ring, kv_ring)
+            index += grid
 
     @cute.jit
     def load_tile(self, args: ForwardArgs, index: Int32, q_ring: Any, kv_ring: Any):
