@@ -106,7 +106,7 @@ def test_nothing_is_spilled_beyond_what_the_row_states(compiled):
     found = {
         name: f"{kernel.stack} bytes of stack, {kernel.local} local"
         for name, kernel in compiled.items()
-        if kernel.stack + kernel.local > getattr(kernel.key.cfg, "stack_bytes", 0)
+        if kernel.stack + kernel.local > kernel.key.cfg.stack_bytes
     }
     assert found == {}
 
