@@ -1,5 +1,6 @@
-"""The way in: a session is one emulated card with a schedule; its `call` runs compiled callables."""
+"""The way in: a session is an emulated card with a schedule; `call` runs compiled callables."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,8 +58,6 @@ class Session:
 
     def launch(self, launch: Launch) -> None:
         """Execute one launch."""
-        import time
-
         program = load(launch.ptx, launch.kernel)
         for data in program.global_data.values():
             self.allocations.add(data.ctypes.data, data.nbytes, data)

@@ -1,1 +1,1 @@
-"""The command line: `python -m ptx_emulator`. Its adapters are the only modules here that know kernels."""
+"""The command line `python -m ptx_emulator`; only its adapters know any kernels."""

@@ -20,7 +20,7 @@ def kernels_on(emulator: Session) -> Iterator[Callable[..., None]]:
         return lambda *args: emulator.call(function, *args)
 
     plan.variant_for = lambda device: variant
-    launch.compiled_forward = compiled_forward
+    launch.compiled_forward = compiled_forward  # type: ignore[assignment]
     plan.make_plan.cache_clear()
     try:
         yield launch.forward

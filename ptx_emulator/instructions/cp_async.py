@@ -41,18 +41,17 @@ def issue(g: Gang, target: Any, source: Any, size: int, given: Any, mask: Any) -
     smem, memory = g.cta.smem, g.cta.machine.memory
     smem.check(where, size, size, "cp.async")
     smem.shadow.reshape(-1, size)[where // size] = IN_FLIGHT
-    amount = size if given is None else np.broadcast_to(given, g.lanes)
-    if lanes is not None and given is not None:
-        amount = amount[lanes]
+    amount = np.broadcast_to(size if given is None else given, g.lanes)
+    amount = amount if lanes is None else amount[lanes]
 
     def run() -> None:
         data = np.zeros((len(where), size), np.uint8)
-        full = np.broadcast_to(amount, len(where)) >= size
+        full = amount >= size
         if full.any():
             kind = np.dtype(f"V{size}")
             data[full] = memory.gather(origin[full], kind, 1).view(np.uint8).reshape(-1, size)
-        for lane in np.flatnonzero(~full & (np.broadcast_to(amount, len(where)) > 0)):
-            some = int(np.broadcast_to(amount, len(where))[lane])
+        for lane in np.flatnonzero(~full & (amount > 0)):
+            some = int(amount[lane])
             data[lane, :some] = np.frombuffer(memory.read(int(origin[lane]), some), np.uint8)
         smem.bytes.reshape(-1, size)[where // size] = data
         smem.shadow.reshape(-1, size)[where // size] = DEFINED

@@ -63,7 +63,7 @@ def toward(exact: Any, direction: str) -> Any:
 def directed(direction: str, name: str) -> Callable[..., Any]:
     """add, sub, mul or fma with a directed rounding."""
 
-    def run(a: Any, b: Any, c: Any = F32(0)) -> Any:
+    def run(a: Any, b: Any, c: Any = 0.0) -> Any:
         x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
         if name == "mul":
             return toward(x * y, direction)

@@ -93,7 +93,9 @@ def load_tiles_transposed(g: Gang, address: Any, count: int, mask: Any) -> tuple
 def store_tiles(g: Gang, address: Any, values: tuple[Any, ...], trans: bool, mask: Any) -> None:
     count = len(values)
     rows = row_addresses(g, address, count, mask).ravel()
-    table = np.stack([np.broadcast_to(v, g.lanes) for v in values]).reshape(count, -1, 32)
+    table: np.ndarray = np.stack([np.broadcast_to(v, g.lanes) for v in values]).reshape(
+        count, -1, 32
+    )
     table = np.ascontiguousarray(table.transpose(1, 0, 2)).reshape(-1, count, 8, 4)
     warps = warps_of(g, mask)
     if warps is not None:

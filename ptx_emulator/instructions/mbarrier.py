@@ -163,10 +163,7 @@ def run_wait(g: Gang, address: Any, wanted: Any, by_parity: bool, mask: Any) -> 
 
 def _over(g: Gang, at: int, wanted: int, by_parity: bool) -> bool:
     barrier = g.cta.mbarrier(at)
-    if by_parity:
-        over = barrier.parity != wanted & 1
-    else:
-        over = barrier.phase != wanted
+    over = barrier.parity != wanted & 1 if by_parity else barrier.phase != wanted
     if not over:
         g.awaited.append((barrier, wanted))
     return over

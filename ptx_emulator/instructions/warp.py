@@ -72,7 +72,7 @@ def by_warp(gang: Gang, condition: Any, mask: Any) -> np.ndarray:
     return full.reshape(-1, 32)
 
 
-def each_lane(gang: Gang, per_warp: np.ndarray) -> Any:
+def each_lane(gang: Gang, per_warp: Any) -> Any:
     """One value a warp as one a lane, or as a scalar if there is one warp."""
     return per_warp[0] if len(per_warp) == 1 else np.repeat(per_warp, 32)
 

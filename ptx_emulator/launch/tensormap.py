@@ -7,8 +7,10 @@ import functools
 import struct
 from dataclasses import dataclass
 
+from ..words import words
+
 ELEMENT_BITS = (8, 16, 32, 32, 64, 64, 16, 32, 32, 64, 16, 4, 4, 6)
-ELEMENT_NAMES = ["u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32ftz", "f64", "bf16", "b4x16", "b4x16_p64", "b6x16_p32"]
+ELEMENT_NAMES = words("u8 u16 u32 s32 u64 s64 f16 f32 f32ftz f64 bf16 b4x16 b4x16_p64 b6x16_p32")
 SWIZZLE_MASK = (0, 1, 3, 7)  # none, 32, 64, 128 bytes: which of address bits 7-9 take part
 TILED = 2
 

@@ -16,7 +16,7 @@ _AXES = {"x": 0, "y": 1, "z": 2}
 
 
 class Cta:
-    """One cooperative thread array. `peers` are the CTAs of its cluster by rank, itself included."""
+    """A cooperative thread array. `peers` are the CTAs of its cluster by rank, itself included."""
 
     def __init__(self, machine: "Machine", ctaid: Dim3, rank: int, peers: list["Cta"]) -> None:
         self.machine = machine

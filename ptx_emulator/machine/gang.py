@@ -119,7 +119,7 @@ class Gang:
         if may_wait and len(self.warps) > 1:
             no = ~yes if self.mask is None else self.mask & ~yes
             mixed = by_warp & no.reshape(-1, 32).any(axis=1)
-            group = mixed if mixed.any() and not mixed.all() else by_warp
+            group: Any = mixed if mixed.any() and not mixed.all() else by_warp
             if group.all():
                 group = np.arange(len(self.warps)) == 0
             return self._part_at_branch(taken, group, (targets, reconverge))
@@ -134,7 +134,7 @@ class Gang:
         self.pc, self.mask = order[0]
         return order[0][0]
 
-    def _part_at_branch(self, taken: Any, group: np.ndarray, where: tuple[Any, int]) -> int:
+    def _part_at_branch(self, taken: Any, group: Any, where: tuple[Any, int]) -> int:
         """Part the warps in `group` from the others and decide the branch for each."""
         targets, reconverge = where
         taken = np.broadcast_to(taken, self.lanes)

@@ -338,4 +338,5 @@ class Emitter:
         )
         if self.masked:
             return f"return {general}"
-        return f"return {general} if isinstance({condition}, ndarray) else ({taken} if {condition} else {other})"
+        uniform = f"({taken} if {condition} else {other})"
+        return f"return {general} if isinstance({condition}, ndarray) else {uniform}"

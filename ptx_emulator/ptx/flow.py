@@ -7,10 +7,14 @@ so that a waiting warp resumes at the start of a block.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..words import words
 from .syntax import Address, Instruction, Kernel, Not, Operand, Pair, Reg, Symbol, Vector
 
 _NO_DESTINATION = frozenset(
-    ["st", "red", "bar", "barrier", "cp", "fence", "membar", "bra", "brx", "ret", "exit", "trap", "setmaxnreg", "prefetch", "prefetchu", "nanosleep", "griddepcontrol", "discard", "applypriority", "stmatrix", "brkpt", "pmevent"]
+    words(
+        "st red bar barrier cp fence membar bra brx ret exit trap setmaxnreg prefetch "
+        "prefetchu nanosleep griddepcontrol discard applypriority stmatrix brkpt pmevent"
+    )
 )
 
 

@@ -6,6 +6,7 @@ follows sees one flat kernel.
 
 import re
 
+from ..words import words
 from .syntax import (
     Address,
     Imm,
@@ -24,7 +25,14 @@ from .syntax import (
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 SPECIALS = frozenset(
-    ["tid", "ntid", "ctaid", "nctaid", "laneid", "warpid", "nwarpid", "smid", "nsmid", "gridid", "clock", "clock64", "globaltimer", "clusterid", "nclusterid", "cluster_ctaid", "cluster_nctaid", "cluster_ctarank", "cluster_nctarank", "is_explicit_cluster", "lanemask_eq", "lanemask_le", "lanemask_lt", "lanemask_ge", "lanemask_gt", "dynamic_smem_size", "total_smem_size", "aggr_smem_size", "globaltimer_lo", "globaltimer_hi", "clock_hi", "reserved_smem_offset_begin", "reserved_smem_offset_end"]
+    words(
+        "tid ntid ctaid nctaid laneid warpid nwarpid smid nsmid gridid clock clock64 "
+        "globaltimer clusterid nclusterid cluster_ctaid cluster_nctaid cluster_ctarank "
+        "cluster_nctarank is_explicit_cluster lanemask_eq lanemask_le lanemask_lt "
+        "lanemask_ge lanemask_gt dynamic_smem_size total_smem_size aggr_smem_size "
+        "globaltimer_lo globaltimer_hi clock_hi reserved_smem_offset_begin "
+        "reserved_smem_offset_end"
+    )
 )
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.S)
 _LABEL = re.compile(r"\s*([\w$%.]+)\s*:(?!:)")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..words import words
+
 
 @dataclass(frozen=True, slots=True)
 class Reg:
@@ -93,7 +95,10 @@ class Instruction:
 
 
 TYPES = frozenset(
-    ["pred", "b8", "b16", "b32", "b64", "b128", "u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64", "f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2", "tf32", "e4m3", "e5m2", "e4m3x2", "e5m2x2"]
+    words(
+        "pred b8 b16 b32 b64 b128 u8 u16 u32 u64 s8 s16 s32 s64 f16 bf16 f32 f64 f16x2 "
+        "bf16x2 f32x2 tf32 e4m3 e5m2 e4m3x2 e5m2x2"
+    )
 )
 
 

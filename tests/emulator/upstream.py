@@ -3,16 +3,21 @@
 import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import ptx_emulator
 from ptx_emulator.session import Session
 
 ARCH = {"sm_90a": "sm_90", "sm_100a": "sm_100", "sm_103a": "sm_103", "sm_120a": "sm_120"}
 
 
 def _import_without_triton() -> None:
-    """quack's autotuner subclasses something of triton's; nothing here runs it."""
+    """quack's autotuner subclasses something of triton's; nothing here runs it.
+
+    quack also replaces a function of CuTe DSL on import, which only its own kernels want.
+    """
+    import cutlass.cute._tvm_ffi_args_spec_converter as converter
     import torch._dynamo  # noqa: F401  (looks at triton too: before the stand-in exists)
 
     stand_in = types.ModuleType("triton")
@@ -21,41 +26,55 @@ def _import_without_triton() -> None:
         cache=types.SimpleNamespace(FileCacheManager=manager)
     )
     sys.modules["triton"] = stand_in
+    plain = converter._convert_single_arg
     try:
         import quack  # noqa: F401
     finally:
+        converter._convert_single_arg = plain
         del sys.modules["triton"]
 
 
-def interface(emulator: Session) -> Any:
-    """Upstream's interface module, whose kernels run on `emulator`."""
+@contextmanager
+def upstream_on(emulator: Session) -> Iterator[Any]:
+    """Upstream's interface module; what it launches runs on `emulator`, with CPU tensors."""
     import torch
 
     arch = emulator.card.arch
     os.environ["FLASH_ATTENTION_ARCH"] = ARCH[arch]
     os.environ["FLASH_ATTENTION_NUM_SMS"] = str(emulator.card.num_sms)
-    ptx_emulator.bootstrap()
     if "flash_attn.cute.interface" not in sys.modules:
         _import_without_triton()
-    import flash_attn.cute.cache_utils as cache_utils
+    import cutlass.cute._tvm_ffi_args_spec_converter as converter
     import flash_attn.cute.interface as module
+    from flash_attn.cute.cache_utils import JITCache
 
-    if not hasattr(cache_utils.JITCache, "_plain_getitem"):
-        cache_utils.JITCache._plain_getitem = cache_utils.JITCache.__getitem__
-    plain = cache_utils.JITCache._plain_getitem
+    from quack import cute_dsl_utils
+
+    plain = JITCache.__getitem__
+    is_cuda = torch.Tensor.is_cuda
+    plain_converter = converter._convert_single_arg
 
     def through_emulator(cache: Any, key: Any) -> Any:
         function = plain(cache, key)
         return lambda *args: emulator.call(function, *args)
 
-    cache_utils.JITCache.__getitem__ = through_emulator
+    JITCache.__getitem__ = through_emulator
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[method-assign,assignment]
-    return module
+    converter._convert_single_arg = cute_dsl_utils._patched_convert_single_arg
+    try:
+        yield module
+    finally:
+        converter._convert_single_arg = plain_converter
+        JITCache.__getitem__ = plain
+        torch.Tensor.is_cuda = is_cuda  # type: ignore[method-assign]
 
 
-def compile_only(module: Any, *tensors: Any, **options: Any) -> None:
-    """Let upstream compile for tensors of these shapes, as it does for real CUDA tensors."""
+def forward(module: Any, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
+    """(out, lse) of upstream's forward: compiled for fake CUDA tensors first, as it asks for."""
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        module._flash_attn_fwd(*[t.new_empty(t.shape, device="cuda") for t in tensors], **options)
+        fakes = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (q, k, v)]
+        module._flash_attn_fwd(*fakes, return_lse=True, **options)
+    return module._flash_attn_fwd(q, k, v, return_lse=True, **options)[:2]
