@@ -6,6 +6,9 @@ from .compiler import compiled_forward, load_cutlass
 from .plan import make_plan
 from .problem import AttentionProblem, AttentionTensors, is_aligned
 
+# A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
+SMALLEST_SCALE = 1e-30
+
 
 def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     """Write `tensors.out` and, if present, `tensors.lse`, on the current stream of the device.
@@ -37,7 +40,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         tensors.cu_seqlens_k,
         tensors.seqused_q,
         tensors.seqused_k,
-        problem.softmax_scale,
+        max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
         plan.window_right,
         problem.seqlen_q,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .device import variant_for
-from .mask_rule import Custom, Full
+from .mask_rule import Band, Custom
 from .problem import AttentionProblem, Layout
 from .tiles import FORWARD_ROWS, TileConfig
 
@@ -80,7 +80,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
     for refusal in _refusals(problem):
         raise NotImplementedError(refusal)
     left, right = (None, None)
-    if not isinstance(problem.mask, Full):
+    if isinstance(problem.mask, Band):
         left, right = problem.mask.left, problem.mask.right
     key = KernelKey(
         variant=variant,
@@ -133,8 +133,8 @@ def _refusals(p: AttentionProblem):
             "page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages"
         )
     if p.q_layout is not p.kv_layout:
-        value = f"queries {p.q_layout.value}, keys {p.kv_layout.value}"
-        yield _refuse("layout", value, "must match on the GPU", "pack both or neither")
+        layouts = f"queries {p.q_layout.value}, keys {p.kv_layout.value}"
+        yield _refuse("layout", layouts, "must match on the GPU", "pack both or neither")
     if p.num_splits > 1:
         yield _refuse("num_splits", p.num_splits, "split-KV is not on the GPU yet", "pass 0 or 1")
     if p.pack_gqa:

@@ -95,4 +95,7 @@ def test_fa2662_one_sequence_of_four_million_keys(fa4, device):
     k[:, -5:] *= 6  # the end must count
     out, lse = fa4.flash_attn_func(q, k, v, causal=True, return_lse=True)
     ref = acceptance.reference(q[0], k[0], v[0], Rule(causal=True))
-    acceptance.check(out[0], lse[0], ref, "four million keys")
+    # A tensor core truncates towards zero when it adds to an accumulator: each of keys / 16
+    # additions may lose 2^-24 of the sum, which rounding to nearest in the reference does not.
+    truncation = keys / 16 * 2.0**-24
+    acceptance.check(out[0], lse[0], ref, "four million keys", truncation)

@@ -81,9 +81,8 @@ class OnlineSoftmax:
             empty = row_sum == 0.0
             inverse = 0.0 if empty else 1.0 / row_sum
             acc_O_mn[r, None] = acc_O_mn[r, None].load() * inverse
-            # ln l + m * scale, with scale = c ln 2; a scale of 0 leaves m at -inf, unused
-            m = self.row_max[r]
-            m_log2 = 0.0 if m == -Float32.inf else m * self.scale_log2
+            # ln l + m * scale, with scale = c ln 2
+            m_log2 = self.row_max[r] * self.scale_log2
             lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
 
     @cute.jit

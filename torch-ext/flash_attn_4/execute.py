@@ -16,6 +16,7 @@ from .flash_attn4_cute.problem import (
     AttentionProblem,
     AttentionTensors,
     Full,
+    Layout,
     band_of,
 )
 from .flash_attn4_cute.values import check_values
@@ -81,14 +82,18 @@ def _run(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, 
             "Shift the cache, or use a page_table",
         )
     forward = cpu.forward if device_type == "cpu" else _cuda_forward()
+    # Packed or partly used queries may leave rows that belong to no sequence and no kernel writes.
+    sparse = problem.has_seqused_q or problem.q_layout is Layout.VARLEN
+    nothing_to_do = problem.batch == 0 or problem.seqlen_k == 0 or q.numel() == 0
     if tensors.out is None:
-        tensors.out = q.new_empty(problem.out_shape(q))
+        allocate = q.new_zeros if sparse else q.new_empty
+        tensors.out = allocate(problem.out_shape(q))
     if tensors.lse is None and problem.return_lse:
         tensors.lse = q.new_empty(problem.lse_shape(q), dtype=torch.float32)
-    if problem.batch == 0 or problem.seqlen_k == 0 or q.numel() == 0:
+    if tensors.lse is not None and (sparse or nothing_to_do):
+        tensors.lse.fill_(-torch.inf)
+    if nothing_to_do:
         tensors.out.zero_()
-        if tensors.lse is not None:
-            tensors.lse.fill_(-torch.inf)
     else:
         forward(problem, tensors)
     return tensors.out, tensors.lse
