@@ -53,7 +53,7 @@ def compile_forward(key: KernelKey):
     packed_k = key.kv_layout is Layout.VARLEN
 
     def tensor(packed: bool, num_heads):
-        shape = (cute.sym_int(), num_heads, key.cfg.head_dim)
+        shape: tuple = (cute.sym_int(), num_heads, key.cfg.head_dim)
         shape = shape if packed else (batch, *shape)
         strides = (*(cute.sym_int64(divisibility=8) for _ in shape[1:]), 1)
         return cute.runtime.make_fake_tensor(dtype, shape, strides, assumed_align=16)
