@@ -47,7 +47,6 @@ def upstream_on(emulator: Session) -> Iterator[Any]:
     import cutlass.cute._tvm_ffi_args_spec_converter as converter
     import flash_attn.cute.interface as module
     from flash_attn.cute.cache_utils import JITCache
-
     from quack import cute_dsl_utils
 
     plain = JITCache.__getitem__
