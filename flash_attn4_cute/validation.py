@@ -207,12 +207,12 @@ def _check_paged(tensors: AttentionTensors, batch: int) -> int:
         )
     expected = (batch, table.shape[1])
     check_index_tensor("page_table", table, k.device, expected, "(b, max_pages)")
-    for name, t in (
+    for name, other in (
         ("cu_seqlens_k", tensors.cu_seqlens_k),
         ("cache_batch_idx", tensors.kv_batch_idx),
         ("cache_leftpad", tensors.cache_leftpad),
     ):
-        if t is not None:
+        if other is not None:
             raise refuse(
                 NotImplementedError,
                 name,

@@ -22,7 +22,7 @@ from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
 from .flash_attn4_cute.problem import AttentionOptions, AttentionTensors, make_mask_rule
 from .merge import combine_parts
-from .request import Result, Window, answer, needs_grad, one_of
+from .request import Result, Window, answer, key_lengths, needs_grad, one_of
 
 
 @documented
@@ -144,9 +144,7 @@ def flash_attn_varlen_func(
     """
     return_lse = return_lse or return_softmax_lse
     table = one_of("block_table", block_table, "page_table", page_table)
-    if table is not None and cu_seqlens_k is not None and seqused_k is None:
-        check_is_tensor("cu_seqlens_k", cu_seqlens_k)
-        seqused_k, cu_seqlens_k = cu_seqlens_k.diff(), None
+    cu_seqlens_k, seqused_k = key_lengths(table, cu_seqlens_k, seqused_k)
     tensors = AttentionTensors(
         q=q,
         k=k,

@@ -17,7 +17,7 @@ from .flash_attn4_cute.problem import (
     make_mask_rule,
 )
 from .interface import flash_attn_varlen_func
-from .request import needs_grad, one_of
+from .request import key_lengths, needs_grad, one_of
 
 _SIGNATURE = inspect.signature(flash_attn_varlen_func)
 _SAME_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "out")
@@ -69,8 +69,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **keywords: Any) 
     aux = given["aux_tensors"]
     sink = one_of("s_aux", given["s_aux"], "learnable_sink", given["learnable_sink"])
     table = one_of("block_table", given["block_table"], "page_table", given["page_table"])
-    if table is not None and given["cu_seqlens_k"] is not None and given["seqused_k"] is None:
-        given["seqused_k"], given["cu_seqlens_k"] = given["cu_seqlens_k"].diff(), None
+    given["cu_seqlens_k"], given["seqused_k"] = key_lengths(
+        table, given["cu_seqlens_k"], given["seqused_k"]
+    )
     tensors = AttentionTensors(
         q=q,
         k=k,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import execute, ops
 from .flash_attn4_cute.cache_update import CacheUpdate
-from .flash_attn4_cute.checks import refuse
+from .flash_attn4_cute.checks import check_is_tensor, refuse
 from .flash_attn4_cute.problem import AttentionOptions, AttentionProblem, AttentionTensors
 from .flash_attn4_cute.scheduler_metadata import check_metadata
 
@@ -35,6 +35,16 @@ def one_of(name: str, value: Any, alias: str, other: Any) -> Any:
         "they are two names of one argument",
         f"Pass only {name}",
     )
+
+
+def key_lengths(
+    page_table: Tensor | None, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(cu_seqlens_k, seqused_k): with pages, FlashAttention-2 callers say lengths by the former."""
+    if page_table is None or cu_seqlens_k is None or seqused_k is not None:
+        return cu_seqlens_k, seqused_k
+    check_is_tensor("cu_seqlens_k", cu_seqlens_k)
+    return None, cu_seqlens_k.diff()
 
 
 def needs_grad(*tensors: Any) -> bool:
