@@ -56,6 +56,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers at each run of a test, alone or among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def build() -> Path:
     """build/, assembled from the present sources once a test run, however many processes it has."""
