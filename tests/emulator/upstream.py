@@ -34,6 +34,15 @@ def _import_without_triton() -> None:
         del sys.modules["triton"]
 
 
+def _hardware_of(num_sms: int) -> dict[str, Any]:
+    """What `HardwareInfo` of CuTe DSL asks the driver for while it compiles."""
+    return {
+        "__init__": lambda info, *_, **__: None,
+        "get_device_multiprocessor_count": lambda info: num_sms,
+        "get_max_active_clusters": lambda info, cluster_size, **_: num_sms // cluster_size,
+    }
+
+
 @contextmanager
 def upstream_on(emulator: Session) -> Iterator[Any]:
     """Upstream's interface module; what it launches runs on `emulator`, with CPU tensors."""
@@ -46,12 +55,15 @@ def upstream_on(emulator: Session) -> Iterator[Any]:
         _import_without_triton()
     import cutlass.cute._tvm_ffi_args_spec_converter as converter
     import flash_attn.cute.interface as module
+    from cutlass.utils import HardwareInfo
     from flash_attn.cute.cache_utils import JITCache
     from quack import cute_dsl_utils
 
     plain = JITCache.__getitem__
     is_cuda = torch.Tensor.is_cuda
     plain_converter = converter._convert_single_arg
+    hardware = _hardware_of(emulator.card.num_sms)
+    plain_hardware = {name: getattr(HardwareInfo, name) for name in hardware}
 
     def through_emulator(cache: Any, key: Any) -> Any:
         function = plain(cache, key)
@@ -60,9 +72,13 @@ def upstream_on(emulator: Session) -> Iterator[Any]:
     JITCache.__getitem__ = through_emulator
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[method-assign,assignment]
     converter._convert_single_arg = cute_dsl_utils._patched_convert_single_arg
+    for name, method in hardware.items():
+        setattr(HardwareInfo, name, method)
     try:
         yield module
     finally:
+        for name, method in plain_hardware.items():
+            setattr(HardwareInfo, name, method)
         converter._convert_single_arg = plain_converter
         JITCache.__getitem__ = plain
         torch.Tensor.is_cuda = is_cuda  # type: ignore[method-assign]
