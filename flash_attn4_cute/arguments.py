@@ -1,13 +1,16 @@
-"""Frozen bundles of tensors and scalars that travel into the kernels."""
+"""Bundles of tensors and scalars that travel into the kernels.
 
-from dataclasses import dataclass
+Named tuples rather than dataclasses: quack-kernels, which vLLM, SGLang and upstream bring along,
+replaces a function of CuTe DSL by one that cannot take a dataclass across the host boundary.
+"""
+
+from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 
-@dataclass(frozen=True)
-class ForwardArgs:
+class ForwardArgs(NamedTuple):
     """Run-time arguments of one forward launch, in the layouts that PyTorch users pass.
 
     `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d) or (total_k, h_k, d);
