@@ -139,6 +139,9 @@ def _refusals(p: AttentionProblem):
         yield _refuse("num_splits", p.num_splits, "split-KV is not on the GPU yet", "pass 0 or 1")
     if p.pack_gqa:
         yield _refuse("pack_gqa", True, "packed GQA is not on the GPU yet", "pass None or False")
+    if p.requires_grad:
+        rule = "there is no backward pass on the GPU yet"
+        yield _refuse("requires_grad", True, rule, f"call under torch.no_grad(), {on_cpu}")
     unsupported = {
         "softcap": (p.softcap, 0.0),
         "learnable_sink": (p.has_sink, False),
@@ -147,7 +150,6 @@ def _refusals(p: AttentionProblem):
         "dropout_p": (p.dropout_p, 0.0),
         "cache_batch_idx": (p.has_kv_batch_idx, False),
         "cache_leftpad": (p.has_cache_leftpad, False),
-        "requires_grad": (p.requires_grad, False),
     }
     for name, (value, off) in unsupported.items():
         if value != off:
