@@ -7,8 +7,10 @@ VENV := .venv/bin
 REPO_ID := flash-attn-4-org/flash-attn-4
 # Options for pytest, as in: make test PYTEST="-k causal"
 PYTEST ?=
+# Options of the emulator, as in: make emulate ARGS="--arch sm120a --causal"; --help lists them
+ARGS ?=
 
-.PHONY: help setup build demo test test-gpu lint clean
+.PHONY: help setup build demo test test-gpu emulate lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +34,10 @@ test: ## run every test that needs no GPU
 
 test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTHON
 	$(PYTHON) -m pytest -m gpu $(PYTEST)
+
+emulate: ## run a kernel on an emulated card and compare it with float64, with the options in ARGS
+	@$(PYTHON) scripts/setup_env.py test
+	@OMP_NUM_THREADS=1 $(VENV)/python -m ptx_emulator $(ARGS)
 
 lint: ## ruff, ruff format and mypy, as CI and pre-commit run them
 	@$(PYTHON) scripts/setup_env.py lint

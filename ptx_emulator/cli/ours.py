@@ -4,7 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..session import Session
+from .case import Case, Inputs
 
 
 @contextmanager
@@ -27,3 +31,60 @@ def kernels_on(emulator: Session) -> Iterator[Callable[..., None]]:
     finally:
         plan.variant_for, launch.compiled_forward = before
         plan.make_plan.cache_clear()
+
+
+def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the forward kernel that the plan picks for the session's card.
+
+    Raises:
+        NotImplementedError: the card or a feature that the kernels do not have.
+    """
+    from flash_attn4_cute.device import VARIANTS
+    from flash_attn4_cute.problem import AttentionOptions, AttentionProblem, AttentionTensors
+
+    if emulator.card.arch.replace("_", "") not in VARIANTS.values():
+        raise NotImplementedError(
+            f"--arch {emulator.card.arch}: no kernel of this repository runs there yet, only on "
+            f"{', '.join(VARIANTS.values())}; --kernel upstream may"
+        )
+    tensors = AttentionTensors(q=inputs.q, k=inputs.k, v=inputs.v, sink=inputs.sink)
+    if case.varlen:
+        tensors.cu_seqlens_q, tensors.cu_seqlens_k = inputs.cu_q, inputs.cu_k
+    if case.page_size is not None:
+        _cut_into_pages(tensors, case)
+    options = AttentionOptions(
+        mask=_mask(case),
+        softcap=case.softcap,
+        num_splits=case.num_splits,
+        max_seqlen_q=case.seqlen_q if case.varlen else None,
+        max_seqlen_k=case.seqlen_k if case.varlen else None,
+        return_lse=True,
+    )
+    problem = AttentionProblem.from_tensors(tensors, options)
+    tensors.out = inputs.q.new_full(problem.out_shape(inputs.q), torch.nan)
+    tensors.lse = torch.full(problem.lse_shape(inputs.q), torch.nan)
+    with kernels_on(emulator) as launch:
+        launch(problem, tensors)
+    return tensors.out, tensors.lse
+
+
+def _mask(case: Case) -> Any:
+    from flash_attn4_cute.mask_rule import FULL, Band
+
+    unbounded = case.left is None and case.right is None
+    return FULL if unbounded else Band(case.left, case.right)
+
+
+def _cut_into_pages(tensors: Any, case: Case) -> None:
+    """Replace k and v by pages in reverse order, with NaN behind the last key."""
+    size = case.page_size or 1
+    if case.varlen:
+        raise NotImplementedError("--page-size with --varlen: leave one of them")
+    pages = -(-case.seqlen_k // size)
+    padding = (0, 0, 0, 0, 0, pages * size - case.seqlen_k)
+    for name in ("k", "v"):
+        padded = torch.nn.functional.pad(getattr(tensors, name), padding, value=torch.nan)
+        setattr(tensors, name, padded.unflatten(1, (-1, size)).flatten(0, 1).flip(0))
+    table = torch.arange(case.batch * pages, dtype=torch.int32).flip(0)
+    tensors.page_table = table.view(case.batch, pages)
+    tensors.seqused_k = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
