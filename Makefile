@@ -31,6 +31,7 @@ demo: ## generate text with a language model, once with this kernel and once wit
 test: ## run every test that needs no GPU
 	@$(PYTHON) scripts/setup_env.py test
 	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "not gpu" -n 2 --dist worksteal --timeout 900 $(PYTEST)
+	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest tests/emulator -n 2 --dist worksteal --timeout 900 $(PYTEST)
 
 test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTHON
 	$(PYTHON) -m pytest -m gpu $(PYTEST)

@@ -30,6 +30,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/emulator to a run of its own: it puts an emulated CUDA runtime under CuTe DSL."""
+    asked_for = any("emulator" in argument for argument in config.args)
+    return True if collection_path == ROOT / "tests" / "emulator" and not asked_for else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what takes `device` on the CPU and, marked gpu, on CUDA; what is gpu, only there."""
     if "device" not in metafunc.fixturenames:
