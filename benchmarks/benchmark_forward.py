@@ -35,9 +35,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(
-    problem: Problem, build_kernel, servers: list[Server], rounds: int, milliseconds: float
-):
+def measure(problem: Problem, servers: list[Server], rounds: int, milliseconds: float):
     """name -> {"median_ms", "round_medians_ms", ...} or {"error"}."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
@@ -61,9 +59,7 @@ def measure(
     return found
 
 
-def make_row(
-    problem: Problem, build_kernel, found: dict[str, dict[str, Any]], ceiling: float | None
-):
+def make_row(problem: Problem, found: dict[str, dict[str, Any]], ceiling: float | None):
     """One row of the JSON: ratios are our speed over theirs."""
     mine = found.get(OURS, {}).get("tflops")
     ratios = {
