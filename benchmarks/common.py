@@ -1,5 +1,6 @@
 """What every benchmark shares: problems, work in FLOPs, timing by CUDA events, JSON, a table."""
 
+import contextlib
 import json
 import os
 import platform
@@ -130,10 +131,9 @@ def environment() -> dict[str, Any]:
     names = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi", "kernels", "flash-attn-4", "triton")
     versions = {}
     for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+        for distribution in (name, f"{name}-libs-base"):  # CuTe DSL may lie there without its shell
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions.setdefault(name, metadata.version(distribution))
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
