@@ -146,7 +146,7 @@ class Machine:
 
     def _merge(self, gang: Gang, ready: list[Gang]) -> None:
         """Let gangs of one CTA that stand at the same block go on together."""
-        if gang.stack or len(gang.warps) == self.num_warps:
+        if gang.stack or len(gang.warps) == self.num_warps or gang.pc == self.program.flow.exit:
             return
         for other in ready:
             same = other.cta is gang.cta and other.pc == gang.pc and other is not gang

@@ -164,7 +164,11 @@ class Emitter:
         """The current value of a register."""
         if reg.index not in self.values:
             dtype = self.program.dtypes[reg.index]
-            self.values[reg.index] = Value({dtype: self.temp(f"R[{reg.index}]")})
+            if reg.index in self.program.never_written:
+                held = self._immediate(-1, 0, dtype)
+            else:
+                held = self.temp(f"R[{reg.index}]")
+            self.values[reg.index] = Value({dtype: held})
         return self.values[reg.index]
 
     def operand_value(self, operand: Operand | None) -> Value:

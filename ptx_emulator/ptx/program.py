@@ -34,6 +34,10 @@ class Program:
         self.flow = analyse(kernel)
         self.num_registers = len(kernel.registers)
         self.dtypes = _canonical_dtypes(kernel)
+        # Compilers fill don't-cares, as one half of an f32x2, with registers that nothing writes.
+        # They read as all ones: NaN.
+        written = {reg.index for ins in kernel.code for reg in destinations(ins)}
+        self.never_written = frozenset(range(self.num_registers)) - written
         self.namespace: dict[str, Any] = {"np": np, "ndarray": np.ndarray, **_numpy_names()}
         self.sources: dict[tuple[int, bool], str] = {}
         blocks = self.flow.blocks
