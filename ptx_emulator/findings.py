@@ -83,10 +83,12 @@ class Findings:
 
     `collect` keeps going after a reportable one. `strict` makes each read of shared memory that
     nothing wrote a fault; else it yields NaN, since kernels may load rows that they never use.
+    `races` watches shared memory for accesses that nothing orders (check/races.py).
     """
 
     collect: bool = False
     strict: bool = False
+    races: bool = True
     found: list[Finding] = field(default_factory=list)
 
     def report(self, error: EmulationError) -> None:

@@ -86,7 +86,11 @@ class Session:
 
 @contextmanager
 def session(
-    arch: str, schedule: int = 0, collect: bool = False, strict: bool = False
+    arch: str,
+    schedule: int = 0,
+    collect: bool = False,
+    strict: bool = False,
+    races: bool = True,
 ) -> Iterator[Session]:
     """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
 
@@ -95,12 +99,13 @@ def session(
         schedule: seed of all choices of order; 0 runs gangs as long as they can.
         collect: keep reportable findings in `findings` and go on, instead of raising.
         strict: a read of shared memory that nothing wrote is a fault, not a NaN.
+        races: report accesses to shared memory that nothing orders; without it runs are faster.
     """
     host = bootstrap()
     card = card_of(arch)
     host.set_device(card.major, card.minor, card.num_sms)
     host.set_arch(card.arch)
-    emulated = Session(card, schedule, host, Findings(collect, strict))
+    emulated = Session(card, schedule, host, Findings(collect, strict, races))
     before, host.on_launch = host.on_launch, emulated.launch
     try:
         yield emulated

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import WORD, Copy
 from ..findings import Misaligned, Unmodelled
 from ..launch.tensormap import TensorMap, decode
 from ..machine import tma
@@ -108,7 +109,40 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
             place.smem.shadow[offset : offset + tensor.box_bytes] = IN_FLIGHT
             signal = owner.mbarrier((owner.rank << 24) | bar_offset)
             run = _load(g, (tensor, at), (place.smem, offset), signal)
-            g.cta.machine.queue.add(AsyncOp("TMA load", run, owner=place))
+            op = AsyncOp("TMA load", run, owner=place)
+            op.mark = note_load(g, int(lane), offset, tensor.box_bytes)
+            g.cta.machine.queue.add(_told(op, g, signal))
+
+
+def note_load(g: Gang, lane: int, offset: int, nbytes: int) -> Copy | None:
+    """Tell the race checker that a lane lets TMA write shared memory."""
+    if g.cta.race is None:
+        return None
+    words = np.arange(offset // WORD, (offset + nbytes) // WORD)[None]
+    warps = g.warps[lane // 32 : lane // 32 + 1]
+    return g.cta.race.issue_write(warps, words, "a TMA load", True)
+
+
+def note_store(g: Gang, lane: int, offset: int, nbytes: int) -> Copy | None:
+    """Tell the race checker that a lane lets TMA read shared memory."""
+    if g.cta.race is None:
+        return None
+    warp = int(g.warps[lane // 32])
+    return g.cta.race.issue_read(warp, offset, offset + nbytes, "a TMA store")
+
+
+def _told(op: AsyncOp, g: Gang, signal: MBarrier) -> AsyncOp:
+    """The load with word to the race checker before its barrier counts it."""
+    race, run = g.cta.race, op.run
+    if race is None:
+        return op
+
+    def told() -> None:
+        race.written_for(op.mark, signal)
+        run()
+
+    op.run = told
+    return op
 
 
 def _load(g: Gang, source: tuple[Any, Any], target: tuple[Any, int], signal: MBarrier) -> Any:
@@ -134,6 +168,7 @@ def issue_store(g: Gang, operands: tuple[Any, ...], operation: str | None, mask:
         cta, offset = g.cta.locate(at_lane(source, lane))
         tma.check_destination(cta.smem, offset, tensor.box_bytes)
         op = AsyncOp("TMA store", _nothing, owner=g.cta)
+        op.mark = note_store(g, int(lane), offset, tensor.box_bytes)
         _bind_store(op, (memory, cta.smem), (tensor, at, offset), operation)
         g.bulk.append(g.cta.machine.queue.add(op))
 
@@ -205,7 +240,9 @@ def issue_flat_load(g: Gang, operands: tuple[Any, ...], from_global: bool, mask:
         cta.smem.check(np.array([offset]), nbytes, 1, "cp.async.bulk")
         cta.smem.shadow[offset : offset + nbytes] = IN_FLIGHT
         run = _flat_load(g, (cta.smem, offset), (source, nbytes, from_global), barrier)
-        g.cta.machine.queue.add(AsyncOp("bulk load", run, owner=cta))
+        op = AsyncOp("bulk load", run, owner=cta)
+        op.mark = note_load(g, int(lane), offset, nbytes)
+        g.cta.machine.queue.add(_told(op, g, g.cta.mbarrier(barrier)))
 
 
 def _flat_load(g: Gang, target: Any, source: Any, barrier: int) -> Any:
@@ -235,6 +272,7 @@ def issue_flat_store(g: Gang, operands: tuple[Any, ...], kind: str | None, mask:
         cta, offset = g.cta.locate(source & 0xFFFFFFFF)
         cta.smem.check(np.array([offset]), nbytes, 1, "cp.async.bulk")
         op = AsyncOp("bulk store", _nothing, owner=g.cta)
+        op.mark = note_store(g, int(lane), offset, nbytes)
         _bind_flat_store(op, g, (target, cta.smem, offset, nbytes), kind)
         g.bulk.append(g.cta.machine.queue.add(op))
 
@@ -277,6 +315,9 @@ def wait_group(e: Emitter, ins: Instruction) -> None:
 def run_wait(g: Gang, keep: int, read: bool) -> None:
     finished = g.bulk_groups[: len(g.bulk_groups) - keep] if keep else g.bulk_groups
     for group in finished:
+        if g.cta.race is not None:
+            for op in group:
+                g.cta.race.was_read(op.mark, g.warps)
         if read:
             for op in group:
                 g.cta.machine.queue.finish_read(op)

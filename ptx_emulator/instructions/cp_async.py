@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import warps_of, words_of
 from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
 from ..machine.memory import DEFINED, IN_FLIGHT
@@ -40,6 +41,11 @@ def issue(g: Gang, target: Any, source: Any, size: int, given: Any, mask: Any) -
         return
     smem, memory = g.cta.smem, g.cta.machine.memory
     smem.check(where, size, size, "cp.async")
+    mark = None
+    if g.cta.race is not None:
+        mark = g.cta.race.issue_write(
+            warps_of(g, lanes, len(where)), words_of(where, size), "a cp.async", False
+        )
     smem.shadow.reshape(-1, size)[where // size] = IN_FLIGHT
     amount = np.broadcast_to(size if given is None else given, g.lanes)
     amount = amount if lanes is None else amount[lanes]
@@ -56,7 +62,7 @@ def issue(g: Gang, target: Any, source: Any, size: int, given: Any, mask: Any) -
         smem.bytes.reshape(-1, size)[where // size] = data
         smem.shadow.reshape(-1, size)[where // size] = DEFINED
 
-    g.copies.append(g.cta.machine.queue.add(AsyncOp("cp.async", run, owner=g.cta)))
+    g.copies.append(g.cta.machine.queue.add(AsyncOp("cp.async", run, owner=g.cta, mark=mark)))
 
 
 @instruction("cp.async.commit_group")
@@ -81,6 +87,9 @@ def run_wait(g: Gang, keep: int) -> None:
     g.copy_groups = g.copy_groups[-keep:] if keep else []
     for group in finished:
         g.cta.machine.queue.finish(group)
+        if g.cta.race is not None:
+            for op in group:
+                g.cta.race.waited(op.mark, g.warps)
 
 
 @instruction("cp.async.wait_all")
@@ -108,9 +117,15 @@ def run_arrive(g: Gang, address: Any, noinc: bool, mask: Any) -> None:
         barrier = g.cta.mbarrier(at)
         if not noinc:
             barrier.pending += lanes
-        run = _arrival(barrier, lanes)
+        run = _arrival(g, barrier, lanes, before)
         g.cta.machine.queue.add(AsyncOp("cp.async.mbarrier.arrive", run, before, owner=g.cta))
 
 
-def _arrival(barrier: Any, lanes: int) -> Any:
-    return lambda: barrier.arrive(lanes)
+def _arrival(g: Gang, barrier: Any, lanes: int, before: tuple[AsyncOp, ...]) -> Any:
+    def run() -> None:
+        if g.cta.race is not None:
+            for op in before:
+                g.cta.race.written_for(op.mark, barrier)
+        barrier.arrive(lanes)
+
+    return run

@@ -11,7 +11,7 @@ from ..findings import Unmodelled
 from ..machine.gang import Gang
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Instruction
-from .memory import by_cta, items_of
+from .memory import by_cta, items_of, write_shared
 from .registry import instruction
 
 _COUNT = {"x1": 1, "x2": 2, "x4": 4}
@@ -65,6 +65,8 @@ def gather_rows(g: Gang, address: Any, count: int, mask: Any) -> np.ndarray:
     """(warps, tiles, 8 rows, 4 words)."""
     rows = row_addresses(g, address, count, mask)
     offsets = (rows - g.cta.shared_base).ravel()
+    if g.cta.race is not None:
+        g.cta.race.read(_owners(g, offsets, mask), offsets, 16)
     words = g.cta.smem.gather(offsets, np.dtype(np.uint32), 4)
     return words.reshape(-1, count, 8, 4)
 
@@ -104,8 +106,19 @@ def store_tiles(g: Gang, address: Any, values: tuple[Any, ...], trans: bool, mas
         halves = np.ascontiguousarray(table).view(np.uint16)
         table = np.ascontiguousarray(halves.swapaxes(2, 3)).view(np.uint32)
     words = np.ascontiguousarray(table).reshape(-1, 4)
+    if g.cta.race is not None:
+        lanes = np.searchsorted(g.warps, _owners(g, rows, mask)) * 32
+        write_shared(g, rows - g.cta.shared_base, words, lanes)
+        return
     for cta, index, offsets in by_cta(g, rows):
         cta.smem.scatter(offsets, words[index])
+
+
+def _owners(g: Gang, rows: np.ndarray, mask: Any) -> np.ndarray:
+    """The warp of each row address."""
+    warps = warps_of(g, mask)
+    taking_part = g.warps if warps is None else g.warps[warps]
+    return np.repeat(taking_part, len(rows) // max(1, len(taking_part)))
 
 
 @instruction("movmatrix")

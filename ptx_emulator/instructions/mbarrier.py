@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import active_warps
 from ..findings import Unmodelled
 from ..machine.gang import Gang
 from ..machine.memory import SHARED_BASE, UNWRITTEN
@@ -32,6 +33,15 @@ def grouped(g: Gang, address: Any, mask: Any) -> list[tuple[int, int]]:
         return [(int(some[0]), len(some))]
     names, counts = np.unique(some, return_counts=True)
     return [(int(n), int(c)) for n, c in zip(names, counts, strict=True)]
+
+
+def naming(g: Gang, address: Any, at: int, mask: Any) -> np.ndarray:
+    """The warps with an active lane whose address is `at`."""
+    lanes = lanes_of(g, mask)
+    if isinstance(address, np.ndarray) and address.ndim:
+        lanes = np.arange(g.lanes) if lanes is None else lanes
+        lanes = lanes[address[lanes] == at]
+    return active_warps(g, lanes)
 
 
 def uniform(g: Gang, value: Any, mask: Any, what: str) -> int:
@@ -97,7 +107,10 @@ def run_arrive(g: Gang, address: Any, count: Any, mask: Any) -> Any:
         if lanes:
             barrier = g.cta.mbarrier(at)
             state = np.uint64(barrier.phase)
-            barrier.arrive(lanes * uniform(g, count, mask, "an arrival's count"))
+            number = lanes * uniform(g, count, mask, "an arrival's count")
+            if barrier.watch is not None:
+                barrier.watch.release(barrier, naming(g, address, at, mask), number)
+            barrier.arrive(number)
     return state
 
 
@@ -109,6 +122,8 @@ def run_arrive_expect(g: Gang, address: Any, nbytes: Any, mask: Any) -> Any:
             state = np.uint64(barrier.phase)
             total = nbytes if not isinstance(nbytes, np.ndarray) else nbytes[lanes_of(g, mask)]
             barrier.expect(int(np.sum(total)) if np.ndim(total) else int(total) * lanes)
+            if barrier.watch is not None:
+                barrier.watch.release(barrier, naming(g, address, at, mask), lanes)
             barrier.arrive(lanes)
     return state
 
@@ -149,23 +164,25 @@ def run_wait(g: Gang, address: Any, wanted: Any, by_parity: bool, mask: Any) -> 
         return np.False_
     where = np.unique(address if lanes is None or not np.ndim(address) else address[lanes])
     if len(where) == 1 and not np.ndim(wanted):
-        return np.bool_(_over(g, int(where[0]), int(wanted), by_parity))
+        return np.bool_(_over(g, int(where[0]), int(wanted), by_parity, lanes))
     addresses = np.broadcast_to(address, g.lanes)
     values = np.broadcast_to(wanted, g.lanes)
     result = np.zeros(g.lanes, np.bool_)
     active = np.arange(g.lanes) if lanes is None else lanes
     pairs = np.stack([addresses[active].astype(np.int64), values[active].astype(np.int64)])
     for at, value in np.unique(pairs, axis=1).T:
-        over = _over(g, int(at), int(value), by_parity)
-        result[active[(pairs[0] == at) & (pairs[1] == value)]] = over
+        asking = active[(pairs[0] == at) & (pairs[1] == value)]
+        result[asking] = _over(g, int(at), int(value), by_parity, asking)
     return result
 
 
-def _over(g: Gang, at: int, wanted: int, by_parity: bool) -> bool:
+def _over(g: Gang, at: int, wanted: int, by_parity: bool, lanes: np.ndarray | None) -> bool:
     barrier = g.cta.mbarrier(at)
     over = barrier.parity != wanted & 1 if by_parity else barrier.phase != wanted
     if not over:
         g.awaited.append((barrier, wanted))
+    elif barrier.watch is not None:
+        barrier.watch.acquire(barrier, active_warps(g, lanes))
     return over
 
 

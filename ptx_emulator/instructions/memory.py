@@ -4,9 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import active_warps, warps_of
 from ..findings import OutOfBounds, Unmodelled
 from ..machine.gang import Gang
-from ..machine.memory import LOCAL_BASE, PARAM_BASE, RANK_SHIFT, SHARED_BASE
+from ..machine.memory import DEFINED, LOCAL_BASE, PARAM_BASE, RANK_SHIFT, SHARED_BASE
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Address, Instruction, Operand, Reg, Symbol, Vector
 from .move import raw
@@ -131,6 +132,8 @@ def load_shared(g: Gang, address: Any, dtype: Any, count: int, mask: Any) -> Col
         for cta, index, inside in by_cta(g, where):
             table[index] = cta.smem.gather(inside, kind, count)
     else:
+        if g.cta.race is not None:
+            note_read(g, offsets, kind.itemsize * count, lanes)
         table = g.cta.smem.gather(offsets, kind, count)
     return spread(g, table, address, lanes)
 
@@ -140,6 +143,7 @@ def store_shared(g: Gang, address: Any, values: Columns, mask: Any) -> None:
     where = chosen(g, address, lanes)
     if len(where) == 0:
         return
+    taking_part = lanes
     if not (isinstance(address, np.ndarray) and address.ndim):
         values = tuple(last_lane(value, lanes) for value in values)
         lanes = None
@@ -149,7 +153,36 @@ def store_shared(g: Gang, address: Any, values: Columns, mask: Any) -> None:
         for cta, index, inside in by_cta(g, where):
             cta.smem.scatter(inside, table[index])
     else:
-        g.cta.smem.scatter(offsets, table)
+        write_shared(g, offsets, table, taking_part)
+
+
+def note_read(g: Gang, offsets: np.ndarray, nbytes: int, lanes: np.ndarray | None) -> None:
+    """Tell the race checker of one read a lane, or of one for all lanes."""
+    assert g.cta.race is not None
+    if len(offsets) == (g.lanes if lanes is None else len(lanes)):
+        g.cta.race.read(warps_of(g, lanes, len(offsets)), offsets, nbytes)
+    else:
+        warps = active_warps(g, lanes)
+        g.cta.race.read(warps, np.repeat(offsets, len(warps)), nbytes)
+
+
+def write_shared(g: Gang, offsets: np.ndarray, table: np.ndarray, lanes: np.ndarray | None) -> None:
+    """Store (n, count) values; one warp after the other if races are watched."""
+    smem, race = g.cta.smem, g.cta.race
+    if race is None:
+        smem.scatter(offsets, table)
+        return
+    warps = warps_of(g, lanes, len(offsets))
+    nbytes = table.dtype.itemsize * table.shape[1]
+    smem.check(offsets, nbytes, nbytes, "a store")
+    for warp in np.unique(warps):
+        mine = warps == warp
+        rows, values = offsets[mine], np.ascontiguousarray(table[mine])
+        old = smem.bytes.reshape(-1, nbytes)[rows // nbytes]
+        unchanged = (old == values.view(np.uint8).reshape(-1, nbytes)).all(axis=1)
+        unchanged &= (smem.shadow.reshape(-1, nbytes)[rows // nbytes] == DEFINED).all(axis=1)
+        race.write(int(warp), rows, nbytes, unchanged)
+        smem.scatter(rows, values)
 
 
 def last_lane(value: Any, lanes: np.ndarray | None) -> Any:

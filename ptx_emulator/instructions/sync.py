@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import active_warps
 from ..findings import BarrierFault, EmulationError, Unmodelled
-from ..machine.barriers import MBarrier
+from ..machine.barriers import MBarrier, NamedBarrier
 from ..machine.gang import Gang
 from ..machine.memory import RANK_SHIFT
 from ..ptx.emit import Emitter
@@ -56,8 +57,20 @@ def run_arrive(g: Gang, index: Any, count: Any, mask: Any) -> None:
             part = part & np.isin(np.arange(g.lanes), lanes)
         threads = threads_of(g, part)
         if threads:
-            barrier = g.cta.named_barrier(int(number))
-            barrier.arrive(threads, expected_of(g, count, mask))
+            _arrive(g, g.cta.named_barrier(int(number)), threads, expected_of(g, count, mask))
+
+
+def _arrive(
+    g: Gang, barrier: NamedBarrier, threads: int, expected: int, waits: bool = False
+) -> bool:
+    """Count `threads` of the gang; True when that completes the barrier."""
+    race, waiting = g.cta.race, list(barrier.waiting)
+    if race is not None:
+        race.release(barrier, g.warps)
+    complete = barrier.arrive(threads, expected)
+    if complete and race is not None:
+        race.named_over(barrier, [*waiting, g] if waits else waiting)
+    return complete
 
 
 def run_sync(g: Gang, index: Any, count: Any, mask: Any, here: int, after: int) -> int:
@@ -71,7 +84,7 @@ def run_sync(g: Gang, index: Any, count: Any, mask: Any, here: int, after: int) 
     if threads == 0:
         return after
     barrier = g.cta.named_barrier(int(index))
-    if barrier.arrive(threads, expected_of(g, count, mask)):
+    if _arrive(g, barrier, threads, expected_of(g, count, mask), waits=True):
         return after
     barrier.waiting.append(g)
     return g.block(
@@ -89,14 +102,18 @@ def cluster_barrier(g: Gang) -> MBarrier:
     leader = g.cta.peers[0]
     if "cluster" not in leader.state:
         threads = g.cta.machine.num_warps * 32 * len(g.cta.peers)
-        leader.state["cluster"] = MBarrier(f"barrier.cluster of CTA {leader.ctaid}", threads)
+        name = f"barrier.cluster of CTA {leader.ctaid}"
+        leader.state["cluster"] = MBarrier(name, threads, watch=leader.race)
     return leader.state["cluster"]
 
 
 def run_cluster_arrive(g: Gang, mask: Any) -> None:
     barrier = cluster_barrier(g)
     g.cluster_phase = barrier.phase
-    barrier.arrive(threads_of(g, mask))
+    threads = threads_of(g, mask)
+    if barrier.watch is not None:
+        barrier.watch.release(barrier, active_warps(g, lanes_of(g, mask)), threads)
+    barrier.arrive(threads)
 
 
 @instruction("barrier.cluster.wait")
@@ -107,6 +124,8 @@ def cluster_wait(e: Emitter, ins: Instruction) -> None:
 def run_cluster_wait(g: Gang, here: int, after: int) -> int:
     barrier = cluster_barrier(g)
     if barrier.phase != g.cluster_phase:
+        if barrier.watch is not None:
+            barrier.watch.acquire(barrier, g.warps)
         return after
     g.wait_for([(barrier, g.cluster_phase & 1)])
     return g.block(here, barrier.describe())
@@ -132,7 +151,14 @@ def getctarank(e: Emitter, ins: Instruction) -> None:
 # ---- fences and the rest: what they order is the race checker's business ----
 @instruction("fence", "membar")
 def fence(e: Emitter, ins: Instruction) -> None:
-    """Memory is sequentially consistent here."""
+    """Memory is sequentially consistent here; the race checker follows the proxy fences."""
+    if ins.has("proxy") and ins.has("async"):
+        e.line(e.call(run_fence_proxy, "g", e.mask))
+
+
+def run_fence_proxy(g: Gang, mask: Any) -> None:
+    if g.cta.race is not None:
+        g.cta.race.fence_proxy(active_warps(g, lanes_of(g, mask)))
 
 
 @instruction("setmaxnreg")

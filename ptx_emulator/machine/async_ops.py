@@ -22,6 +22,7 @@ class AsyncOp:
     read: Callable[[], None] | None = None  # first half of a store: take the source's bytes
     was_read: bool = False
     owner: Any = None
+    mark: Any = None  # what the race checker keeps of it
 
 
 @dataclass

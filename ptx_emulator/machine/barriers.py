@@ -1,7 +1,7 @@
 """mbarriers and named barriers."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..findings import BarrierFault
 
@@ -21,6 +21,7 @@ class MBarrier:
     tx: int = 0
     phase: int = 0
     waiters: list["Gang"] = field(default_factory=list)
+    watch: Any = None  # the race checker, told of arrivals and of phases that end
 
     def __post_init__(self) -> None:
         self.pending = self.count
@@ -31,6 +32,8 @@ class MBarrier:
         return self.phase & 1
 
     def arrive(self, number: int = 1) -> None:
+        if self.watch is not None:
+            self.watch.arrived(self, number)
         while number > 0:
             step = min(number, self.pending)
             if step == 0:
@@ -55,6 +58,8 @@ class MBarrier:
         if self.pending == 0 and self.tx == 0:
             self.phase += 1
             self.pending = self.count
+            if self.watch is not None:
+                self.watch.phase_over(self)
             waiters, self.waiters = self.waiters, []
             for gang in waiters:
                 gang.wake()

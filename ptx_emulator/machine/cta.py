@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..check.races import RaceChecker
 from ..findings import BarrierFault, OutOfBounds, Unmodelled
 from .barriers import MBarrier, NamedBarrier
 from .memory import DEFINED, RANK_SHIFT, RESERVED_SMEM, SharedMemory
@@ -24,6 +25,9 @@ class Cta:
         self.rank = rank
         self.peers = peers
         self.smem = SharedMemory(machine.smem_size, machine.strict)
+        self.race: RaceChecker | None = None
+        if machine.findings.races and int(np.prod(machine.launch.cluster)) == 1:
+            self.race = RaceChecker(machine.num_warps, self.smem.size, machine.findings)
         self.shared_base = np.uint32(rank << RANK_SHIFT)
         self.mbarriers: dict[int, MBarrier] = {}
         self.named: dict[int, NamedBarrier] = {}
@@ -56,7 +60,7 @@ class Cta:
         if not 0 < count < 1 << 20:
             raise BarrierFault(f"mbarrier.init with a count of {count}")
         name = f"mbarrier at {offset - RESERVED_SMEM:#x} of CTA {cta.ctaid}"
-        cta.mbarriers[offset] = MBarrier(name, count)
+        cta.mbarriers[offset] = MBarrier(name, count, watch=cta.race)
         cta.smem.shadow[offset : offset + 8] = DEFINED
 
     def named_barrier(self, index: int) -> NamedBarrier:
