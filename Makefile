@@ -28,10 +28,15 @@ demo: ## generate text with a language model, once with this kernel and once wit
 		|| { echo "demo: FAILED setting up or building, see above"; exit 1; }
 	@LOCAL_KERNELS="$(REPO_ID)=$(CURDIR)/build" $(VENV)/python examples/generate.py
 
+# The emulator's tests put an emulated CUDA runtime under their process, so they run by themselves.
+# Status 5 is pytest's for no test, which a choice by PYTEST may leave to either run.
+RUN_TESTS = OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n 2 --dist worksteal --timeout 900
+MAY_BE_EMPTY = $(if $(PYTEST),|| [ $$? -eq 5 ])
+
 test: ## run every test that needs no GPU
 	@$(PYTHON) scripts/setup_env.py test
-	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest -m "not gpu" -n 2 --dist worksteal --timeout 900 $(PYTEST)
-	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest tests/emulator -n 2 --dist worksteal --timeout 900 $(PYTEST)
+	@$(RUN_TESTS) -m "not gpu" $(PYTEST) $(MAY_BE_EMPTY)
+	@$(RUN_TESTS) tests/emulator $(PYTEST) $(MAY_BE_EMPTY)
 
 test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTHON
 	$(PYTHON) -m pytest -m gpu $(PYTEST)
