@@ -145,7 +145,7 @@ def clear_rows(sV: cute.Tensor, rows: Int32, lane: Int32):
         cute.autovec_copy(
             zeros, cute.make_tensor(target.iterator, cute.make_layout(CLEAR_ELEMENTS))
         )
-    # The TMA copy that refills the slot comes after these writes, through the other proxy.
+    # As for the epilogue: the slot's next writer is a TMA copy.
     cute.arch.fence_proxy("async.shared", space="cta")
     cute.arch.sync_warp()
 
@@ -185,7 +185,9 @@ class ComputeRole:
         acc_O = mma.accumulator(cfg.head_dim)
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
         sQ = cute.local_tile(
-            self.sQ[None, None, 0], (cfg.rows_per_warp, cfg.head_dim), (warp_rows // 32, 0)
+            self.sQ[None, None, 0],
+            (cfg.rows_per_warp, cfg.head_dim),
+            (warp_rows // cfg.rows_per_warp, 0),
         )
         work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
@@ -204,33 +206,32 @@ class ComputeRole:
                 warp_lo, warp_hi = hi, hi
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
-            if lo < hi:
-                q_slot = q_ring.wait_and_advance()
-                for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
-                    kv_ring.wait_and_advance().release()
-                for i in cutlass.range(warp_hi - warp_lo, unroll=1):
-                    n_block = warp_hi - 1 - i
-                    slot = kv_ring.wait_and_advance()
-                    mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
-                    slot.release()
-                    if n_block < full_lo or n_block >= full_hi:
-                        coord = mma.score_coordinates(reread(lane))
-                        mask.apply(acc_S_mn, coord, row, n_block * cfg.block_n)
-                    softmax.update(acc_S_mn, acc_O_mn)
-                    slot = kv_ring.wait_and_advance()
-                    sVt = self.sVt[None, None, slot.index]
-                    rows = seqlen.seqlen_k - n_block * cfg.block_n
-                    # Two questions: one is answered at trace time, one at run time.
-                    if const_expr(self.guard_v):  # noqa: SIM102
-                        if rows < cfg.block_n:
-                            clear_rows(self.sKV[None, None, slot.index], rows, lane)
-                    mma.accumulate(acc_O, acc_S, softmax, sVt)
-                    slot.release()
-                for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
-                    kv_ring.wait_and_advance().release()
-                # The epilogue stages O where this warp's Q rows were; nobody else reads them.
-                Epilogue(cfg, self.dtype, sQ, reread(lane)).run(args, work, row, softmax, acc_O)
-                q_slot.release()
-            else:
-                Epilogue(cfg, self.dtype, sQ, reread(lane)).run(args, work, row, softmax, acc_O)
+            q_slot = q_ring.wait_and_advance()
+            for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
+                kv_ring.wait_and_advance().release()
+            for i in cutlass.range(warp_hi - warp_lo, unroll=1):
+                n_block = warp_hi - 1 - i
+                slot = kv_ring.wait_and_advance()
+                mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
+                slot.release()
+                if n_block < full_lo or n_block >= full_hi:
+                    coord = mma.score_coordinates(reread(lane))
+                    mask.apply(acc_S_mn, coord, row, n_block * cfg.block_n)
+                softmax.update(acc_S_mn, acc_O_mn)
+                slot = kv_ring.wait_and_advance()
+                sVt = self.sVt[None, None, slot.index]
+                rows = seqlen.seqlen_k - n_block * cfg.block_n
+                # Two questions: one is answered at trace time, one at run time.
+                if const_expr(self.guard_v):  # noqa: SIM102
+                    if rows < cfg.block_n:
+                        clear_rows(self.sKV[None, None, slot.index], rows, lane)
+                mma.accumulate(acc_O, acc_S, softmax, sVt)
+                slot.release()
+            for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
+                kv_ring.wait_and_advance().release()
+            # The epilogue stages O where this warp's Q rows were; nobody else reads them.
+            Epilogue(cfg, self.dtype, sQ, reread(lane)).run(args, work, row, softmax, acc_O)
+            # The TMA copy that refills the slot comes after those writes, through the other proxy.
+            cute.arch.fence_proxy("async.shared", space="cta")
+            q_slot.release()
         return q_ring, kv_ring

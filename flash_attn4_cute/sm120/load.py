@@ -70,12 +70,10 @@ class LoadRole:
         work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
         row = work.m_block * self.cfg.block_m
-        lo, hi = Int32(0), Int32(0)
         if row < seqlen.seqlen_q:
             mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
             end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
             lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
-        if lo < hi:
             kv_head = work.head // self.heads_per_kv_head
             tQsQ, tQgQ = self.q.tiles(work.head, work.batch, seqlen.offset_q)
             tKsK, tKgK = self.k.tiles(kv_head, work.batch, seqlen.offset_k)
