@@ -15,6 +15,7 @@ from . import (  # noqa: F401
     move,
     sync,
     warp,
+    wgmma,
 )
 from .registry import handler_of, instruction
 

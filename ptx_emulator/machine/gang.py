@@ -41,6 +41,8 @@ class Gang:
         self.copy_groups: list[list[AsyncOp]] = []
         self.bulk: list[AsyncOp] = []
         self.bulk_groups: list[list[AsyncOp]] = []
+        self.products: list[AsyncOp] = []  # wgmma in flight, and those that end a group
+        self.product_groups: list[list[AsyncOp]] = []
         self.cluster_phase = 0  # of barrier.cluster, at the last arrival
         self._special: dict[str, Any] = {}
 
@@ -162,6 +164,7 @@ class Gang:
 
     def part(self, positions: np.ndarray, pc: int) -> "Gang":
         """Take the warps at `positions` out into a new gang that continues at `pc`."""
+        self.settle()
         keep = np.setdiff1d(np.arange(len(self.warps)), positions)
         other = Gang(self.cta, self.warps[positions], self._select(positions))
         other.pc = pc
@@ -193,8 +196,16 @@ class Gang:
             for block, mask, rest in self.stack
         ]
 
+    def settle(self) -> None:
+        """Finish the products whose registers are about to be copied."""
+        if self.products:
+            self.cta.machine.queue.finish(self.products)
+            self.products, self.product_groups = [], []
+
     def absorb(self, other: "Gang", live: Iterable[int]) -> None:
         """Take in the warps of another gang that is at the same block, unmasked like this one."""
+        self.settle()
+        other.settle()
         warps = np.concatenate([self.warps, other.warps])
         order = np.argsort(warps)
         lanes = (order[:, None] * 32 + np.arange(32)).ravel()
