@@ -19,7 +19,7 @@ that they hide races rather than invent them. Clusters of more than one CTA are 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ class Sync:
     arriving: np.ndarray
     over: np.ndarray
     announced: int = 0  # arrivals whose clocks are known, not counted by the barrier yet
-    named: bool = field(default=False)
+    maker: tuple[int, int] | None = None  # the warp that initialised it, and when
 
 
 class RaceChecker:
@@ -79,9 +79,24 @@ class RaceChecker:
             self.syncs[id(barrier)] = found
         return found[1]
 
+    def initialised(self, barrier: Any, warp: int) -> None:
+        self.sync_of(barrier).maker = warp, int(self.clock[warp, warp])
+
+    def _check_made(self, barrier: Any, sync: Sync, warps: np.ndarray) -> None:
+        if sync.maker is None:
+            return
+        maker, time = sync.maker
+        early = warps[self.clock[warps, maker] < time]
+        if len(early):
+            self._report(
+                f"warp {early[0]} uses the {barrier.name}, not ordered after warp {maker}'s "
+                "mbarrier.init"
+            )
+
     def release(self, barrier: Any, warps: np.ndarray, arrivals: int = 0) -> None:
         """`warps` are about to arrive."""
         sync = self.sync_of(barrier)
+        self._check_made(barrier, sync, warps)
         np.maximum(sync.arriving, self.clock[warps].max(axis=0), out=sync.arriving)
         sync.announced += arrivals
         self.clock[warps, warps] += 1
@@ -103,7 +118,9 @@ class RaceChecker:
 
     def acquire(self, barrier: Any, warps: np.ndarray) -> None:
         """`warps` have seen that a phase is over."""
-        self.clock[warps] = np.maximum(self.clock[warps], self.sync_of(barrier).over)
+        sync = self.sync_of(barrier)
+        self._check_made(barrier, sync, warps)
+        self.clock[warps] = np.maximum(self.clock[warps], sync.over)
 
     def named_over(self, barrier: Any, gangs: Iterable[Any]) -> None:
         """A named barrier is complete: all who wait know all who arrived."""

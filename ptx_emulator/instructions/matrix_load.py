@@ -65,9 +65,9 @@ def gather_rows(g: Gang, address: Any, count: int, mask: Any) -> np.ndarray:
     """(warps, tiles, 8 rows, 4 words)."""
     rows = row_addresses(g, address, count, mask)
     offsets = (rows - g.cta.shared_base).ravel()
+    words = g.cta.smem.gather(offsets, np.dtype(np.uint32), 4)
     if g.cta.race is not None:
         g.cta.race.read(_owners(g, offsets, mask), offsets, 16)
-    words = g.cta.smem.gather(offsets, np.dtype(np.uint32), 4)
     return words.reshape(-1, count, 8, 4)
 
 

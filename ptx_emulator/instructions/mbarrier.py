@@ -67,6 +67,9 @@ def run_init(g: Gang, address: Any, count: Any, mask: Any) -> None:
     for at, lanes in grouped(g, address, mask):
         if lanes:
             g.cta.init_mbarrier(at, uniform(g, count, mask, "an mbarrier's count"))
+            barrier = g.cta.mbarrier(at)
+            if barrier.watch is not None:
+                barrier.watch.initialised(barrier, int(naming(g, address, at, mask)[0]))
 
 
 @instruction("mbarrier.inval")

@@ -132,9 +132,9 @@ def load_shared(g: Gang, address: Any, dtype: Any, count: int, mask: Any) -> Col
         for cta, index, inside in by_cta(g, where):
             table[index] = cta.smem.gather(inside, kind, count)
     else:
+        table = g.cta.smem.gather(offsets, kind, count)
         if g.cta.race is not None:
             note_read(g, offsets, kind.itemsize * count, lanes)
-        table = g.cta.smem.gather(offsets, kind, count)
     return spread(g, table, address, lanes)
 
 
@@ -172,7 +172,11 @@ def write_shared(g: Gang, offsets: np.ndarray, table: np.ndarray, lanes: np.ndar
     if race is None:
         smem.scatter(offsets, table)
         return
-    warps = warps_of(g, lanes, len(offsets))
+    if len(offsets) == (g.lanes if lanes is None else len(lanes)):
+        warps = warps_of(g, lanes, len(offsets))
+    else:  # one address for all lanes
+        warps = active_warps(g, lanes)
+        offsets, table = np.repeat(offsets, len(warps)), np.repeat(table, len(warps), axis=0)
     nbytes = table.dtype.itemsize * table.shape[1]
     smem.check(offsets, nbytes, nbytes, "a store")
     for warp in np.unique(warps):

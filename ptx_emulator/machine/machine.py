@@ -190,16 +190,18 @@ class Machine:
             return UndefinedRead(f"registers that nothing wrote are read: {shown} ({error})")
         return error
 
-    def _where(self, gang: Gang) -> str:
+    def _line(self, pc: int) -> int:
         blocks = self.program.flow.blocks
-        line = blocks[gang.pc].line if gang.pc < len(blocks) else 0
+        return blocks[pc if pc < len(blocks) else -1].line
+
+    def _where(self, gang: Gang) -> str:
+        line = self._line(gang.pc)
         text = self.program.last_text(gang.pc)
         return f"{gang.name}, PTX line {line} and following{text}"
 
     def _deadlock(self) -> Deadlock:
-        blocks = self.program.flow.blocks
         lines = [
-            f"  {gang.name} at PTX line {blocks[gang.pc].line} waits for {gang.reason}"
+            f"  {gang.name} before PTX line {self._line(gang.pc)} waits for {gang.reason}"
             for gang in self.gangs
         ]
         bars = {bar.describe() for gang in self.gangs for bar, _ in gang.awaited}
