@@ -14,6 +14,8 @@ from . import (  # noqa: F401
     mma_sync,
     move,
     sync,
+    tcgen05,
+    tcgen05_mma,
     warp,
     wgmma,
 )

@@ -74,12 +74,15 @@ def _arrive(
 
 
 def run_sync(g: Gang, index: Any, count: Any, mask: Any, here: int, after: int) -> int:
-    """Arrive and wait. A gang whose warps name different barriers parts and comes again."""
+    """Arrive and wait. Of a gang whose warps name different barriers, those like the first do.
+
+    The others come again on their own: had all to come again, they would meet and part for ever.
+    """
     if np.ndim(index):
         parted = g.part_by(index, here)
-        if parted is not None:
+        if parted is not None and mask is not None:
             return parted
-        index = index[0]
+        index, count = index[0], count[0] if np.ndim(count) else count
     threads = threads_of(g, mask)
     if threads == 0:
         return after
