@@ -42,22 +42,22 @@ class OnlineSoftmax:
         """Let m follow the scores of one block, and rescale l and O where m moved."""
         num_rows = cute.size(self.row_max)
         m_new = self._quad_max(acc_S_mn)
-        scale = cute.make_rmem_tensor(num_rows, Float32)
+        m_old = cute.make_fragment_like(self.row_max)
+        m_old.store(self.row_max.load())
         rescale = False
         for r in cutlass.range_constexpr(num_rows):
-            m_old = self.row_max[r]
             # -inf - -inf is NaN and compares false: a row without keys so far keeps m = -inf.
-            behind = (m_new[r] - m_old) * self.scale_log2 > RESCALE_THRESHOLD
-            m = m_new[r] if behind else m_old
-            scale[r] = (
-                cute.math.exp2((m_old - m) * self.scale_log2, fastmath=True) if behind else 1.0
-            )
-            self.row_max[r] = m
+            behind = (m_new[r] - m_old[r]) * self.scale_log2 > RESCALE_THRESHOLD
+            self.row_max[r] = m_new[r] if behind else m_old[r]
             rescale = behind or rescale
         if cute.arch.vote_any_sync(rescale):
             for r in cutlass.range_constexpr(num_rows):
-                self.row_sum[r] = self.row_sum[r] * scale[r]
-                acc_O_mn[r, None] = acc_O_mn[r, None].load() * scale[r]
+                m = self.row_max[r]
+                # A row that stays has m_old = m and the factor 2^0, exactly 1.
+                lag = 0.0 if m == m_old[r] else (m_old[r] - m) * self.scale_log2
+                factor = cute.math.exp2(lag, fastmath=True)
+                self.row_sum[r] = self.row_sum[r] * factor
+                acc_O_mn[r, None] = acc_O_mn[r, None].load() * factor
 
     @cute.jit
     def exponentials(self, acc_S_mn: cute.Tensor):
