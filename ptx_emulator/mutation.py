@@ -114,11 +114,11 @@ def _early_arrivals(text: list[str]) -> Iterator[Fault]:
 
 def _moved(text: list[str], at: int, first: int, arrive: str) -> Fault:
     """The arrival of line `at`, which one lane makes, in front of line `first`."""
-    for guard in range(at - 1, max(0, at - 6), -1):
-        found = re.search(r"setp\.ne\.b32\s+(%p\d+), (%r\d+), 0;", text[guard])
-        if found:
-            lead = f"{{ .reg .pred %lead; setp.eq.b32 %lead, {found[2]}, 0; @%lead {arrive} }}"
-            return Fault("swapped order", first, (lead, text[first]), (at,))
+    for guard in range(at - 1, max(0, at - 4), -1):
+        skip = re.search(r"@(%p\d+) bra", text[guard])
+        if skip:
+            arrive = f"@!{skip[1]} {arrive}"
+            break
     return Fault("swapped order", first, (arrive, text[first]), (at,))
 
 
