@@ -1,8 +1,8 @@
 """tcgen05.mma kind::f16, one CTA or a pair of CTAs.
 
 D, in tensor memory, = A B + D: 16 products and their sum with D in float64, one rounding to fp32,
-an instruction after the other. A's rows lie in shared memory (a descriptor) or in tensor memory, two
-16-bit elements a cell; B lies in shared memory, half of its rows in each CTA of a pair.
+an instruction after the other. A's rows lie in shared memory (a descriptor) or in tensor memory,
+two 16-bit elements a cell; B lies in shared memory, half of its rows in each CTA of a pair.
 
     cta_group::1, M = 128   row i in lane i
     cta_group::2, M = 256   row i in lane i % 128 of CTA i / 128

@@ -143,6 +143,14 @@ class Machine:
                 raise error.at(self._where(gang)) from error
             if gang.done:
                 self.gangs.remove(gang)
+                self._end_cta(gang.cta)
+
+    def _end_cta(self, cta: Cta) -> None:
+        """Where the last warp of a CTA has ended, ask what the CTA held whether it was freed."""
+        if not any(gang.cta is cta for gang in self.gangs):
+            for held in cta.state.values():
+                if hasattr(held, "at_exit"):
+                    held.at_exit()
 
     def _merge(self, gang: Gang, ready: list[Gang]) -> None:
         """Let gangs of one CTA that stand at the same block go on together."""

@@ -1,8 +1,8 @@
 """Tensor memory of one CTA: 512 columns of 128 lanes, its allocations, and what is in flight there.
 
-Kept column by column, so `data[column, lane]` is a 32-bit cell. Cells that nothing wrote since their
-allocation hold NaN. `flights` are accesses by operations that have not run: who touches their cells
-meanwhile did not wait.
+Kept column by column, so `data[column, lane]` is a 32-bit cell. Cells that nothing wrote since
+their allocation hold NaN. `flights` are accesses by operations that have not run: who touches their
+cells meanwhile did not wait.
 """
 
 from dataclasses import dataclass, field

@@ -165,7 +165,7 @@ class _Body:
             names = [name.strip() for name in text[len(".branchtargets") :].split(",")]
             label = list(self.kernel.labels)[-1]
             self.kernel.branch_targets[label] = names
-        elif text.startswith((".loc", ".pragma", ".file")):
+        elif text.split()[0] in (".loc", ".pragma", ".file"):
             return
         elif text.startswith("."):
             variable = _variable(text)
