@@ -102,6 +102,20 @@ def ld(e: Emitter, ins: Instruction) -> None:
     e.put_each(items, e.call(load, "g", address, str(count), e.mask), "u32")
 
 
+@instruction("tcgen05.ld.red")
+def ld_red(e: Emitter, ins: Instruction) -> None:
+    """A load, and the least or greatest of a lane's values. NaN counts for nothing."""
+    shape, number, operation = ins.mods[4], ins.mods[5], ins.mods[6:-1]
+    known = shape == "32x32b" and ins.type == "f32" and operation in (("max",), ("min",))
+    items = items_of(ins.operands[0])
+    if not known or ins.guard is not None or len(items) != int(number[1:]):
+        raise Unmodelled(e.text)
+    address = e.address(ins.operands[2], "u32")
+    whole = e.temp(e.call(load, "g", address, str(len(items)), e.mask))
+    e.put_each(items, whole, "u32")
+    e.put(ins.operands[1], f"np.f{operation[0]}.reduce({whole}.view(D_f32))", "f32")
+
+
 @instruction("tcgen05.st")
 def st(e: Emitter, ins: Instruction) -> None:
     count, items = _plain_shape(e, ins), items_of(ins.operands[1])

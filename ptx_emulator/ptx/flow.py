@@ -66,6 +66,8 @@ def destinations(instruction: Instruction) -> list[Reg]:
     if instruction.opcode == "tcgen05" and not instruction.has("ld"):
         return []
     first = instruction.operands[0]
+    if instruction.opcode == "tcgen05" and instruction.has("red"):  # the values, their maximum
+        return [*registers(first), *registers(instruction.operands[1])]
     return [] if isinstance(first, Address) else list(registers(first))
 
 
