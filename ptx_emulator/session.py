@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .counters import Role, roles
 from .findings import Findings
 from .launch.host import Host, Launch, bootstrap
 from .launch.tensors import Allocations, wrap
@@ -23,6 +24,7 @@ class Run:
     kernel: str
     instructions: int  # warp instructions
     seconds: float
+    roles: list[Role]  # issue slots by pipe
 
 
 @dataclass
@@ -73,7 +75,8 @@ class Session:
         machine.run()
         sizes = [len(block.code) + 1 for block in program.flow.blocks]
         issued = sum(n * size for n, size in zip(machine.block_counts, sizes, strict=False))
-        self.runs.append(Run(launch.kernel, issued, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        self.runs.append(Run(launch.kernel, issued, seconds, roles(program, machine.warp_counts)))
 
     @property
     def instructions(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import bootstrap, session
+from ..counters import as_dicts, as_table
 from ..findings import EmulationError
 from .case import Case, Verdict, judge, make_inputs
 
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--page-size", type=int, help="keys and values in pages of this many tokens")
     p.add_argument("--num-splits", type=int, default=1)
     p.add_argument("--seed", type=int, default=0, help="of the inputs")
+    p.add_argument("--counters", action="store_true", help="issue slots by pipe and warp role")
     p.add_argument("--schedule", type=int, default=0, help="seed of all choices of order")
     return p
 
@@ -109,6 +111,10 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     }
     if finding is not None:
         report["finding"] = finding
+    if options.counters:
+        for launch in emulator.runs:
+            print(as_table(launch.roles))
+        report["counters"] = [as_dicts(launch.roles) for launch in emulator.runs]
     return OK if verdict.ok else WRONG, report
 
 

@@ -49,6 +49,7 @@ class Machine:
         self.gangs: list[Gang] = []
         self.ctas: list[Cta] = []
         self.block_counts = [0] * (program.flow.exit + 1)
+        self.warp_counts = np.zeros((program.flow.exit + 1, self.num_warps), np.int64)
         self.started = clock.perf_counter()
         self._check_launch()
 
@@ -174,6 +175,7 @@ class Machine:
                 gang.done, gang.ready = True, False
                 return
             counts[pc] += len(gang.warps)
+            self.warp_counts[pc, gang.warps] += 1
             try:
                 if gang.mask is None:
                     following = program.plain[pc](gang, gang.R)
