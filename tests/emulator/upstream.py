@@ -59,6 +59,7 @@ def upstream_on(emulator: Session) -> Iterator[Any]:
     from flash_attn.cute.cache_utils import JITCache
     from quack import cute_dsl_utils
 
+    module._get_device_arch.cache_clear()  # it keeps what FLASH_ATTENTION_ARCH was before
     plain = JITCache.__getitem__
     is_cuda = torch.Tensor.is_cuda
     plain_converter = converter._convert_single_arg
@@ -89,7 +90,12 @@ def forward(module: Any, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, A
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+
     with FakeTensorMode():
-        fakes = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (q, k, v)]
-        module._flash_attn_fwd(*fakes, return_lse=True, **options)
+        fakes = {name: fake(value) for name, value in options.items()}
+        module._flash_attn_fwd(fake(q), fake(k), fake(v), return_lse=True, **fakes)
     return module._flash_attn_fwd(q, k, v, return_lse=True, **options)[:2]
