@@ -145,7 +145,10 @@ def bootstrap() -> Host:
         )
     os.environ["CUTE_DSL_LIBS"] = library
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
-    os.environ.setdefault("CUTE_DSL_DUMP_DIR", tempfile.mkdtemp(prefix="ptx_emulator_"))
+    # File names repeat, so two processes that share a directory read each other's kernels; a child
+    # inherits the variable, hence a directory inside it.
+    given = os.environ.get("CUTE_DSL_DUMP_DIR")
+    os.environ["CUTE_DSL_DUMP_DIR"] = tempfile.mkdtemp(prefix="ptx_emulator_", dir=given)
     _host = Host()
     _watch_compiler(_host)
     return _host
