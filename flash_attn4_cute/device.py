@@ -11,6 +11,8 @@ VARIANTS: dict[tuple[int, int], str] = {
     (12, 0): "sm120a",
     (12, 1): "sm121a",
 }
+# The kernels that a variant is compiled from.
+FAMILIES = {"sm90a": "sm120", "sm120a": "sm120", "sm121a": "sm120"}
 SUPPORTED = "9.0 (H100, H200), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10)"
 
 

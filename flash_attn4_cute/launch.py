@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .compiler import compiled_forward, load_cutlass
+from . import compiler
 from .plan import make_plan
 from .problem import AttentionProblem, AttentionTensors, is_aligned
 
@@ -27,7 +27,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         )
     if out.numel() == 0:
         return
-    load_cutlass()
+    compiler.load_cutlass()
     from .arguments import ForwardArgs
 
     args = ForwardArgs(
@@ -45,7 +45,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         plan.window_right,
         problem.seqlen_q,
     )
-    compiled_forward(plan.key)(args)
+    compiler.compiled(plan.key)(args)
 
 
 def _canonical(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import variant_for
+from .device import FAMILIES, variant_for
 from .mask_rule import Band, Custom
 from .problem import AttentionProblem, Layout
 from .tiles import FORWARD_ROWS, TileConfig
@@ -24,7 +24,7 @@ class BandRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelKey:
+class ForwardKey:
     """Everything that a compiled forward kernel depends on."""
 
     variant: str
@@ -37,12 +37,23 @@ class KernelKey:
     has_seqused_k: bool
     has_lse: bool
 
+    @property
+    def family(self) -> str:
+        """The kernels' architecture family."""
+        return FAMILIES[self.variant]
+
+    def trace(self) -> tuple:
+        """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
+        from .signature import trace_forward
+
+        return trace_forward(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The answer: a kernel, and the scalars that the problem fixes."""
 
-    key: KernelKey
+    key: ForwardKey
     window_left: int
     window_right: int
     num_splits: int = 1
@@ -82,7 +93,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
     left, right = (None, None)
     if isinstance(problem.mask, Band):
         left, right = problem.mask.left, problem.mask.right
-    key = KernelKey(
+    key = ForwardKey(
         variant=variant,
         dtype=problem.dtype,
         cfg=FORWARD_ROWS[problem.head_dim],

@@ -17,13 +17,13 @@ if __name__ == "__main__":
 
 import torch
 
-from flash_attn4_cute.plan import BandRule, KernelKey, forward_rows
+from flash_attn4_cute.plan import BandRule, ForwardKey, forward_rows
 from flash_attn4_cute.problem import Layout
 
 VARIANTS = ("sm90a", "sm120a", "sm121a")
 
 
-def keys(variant: str) -> dict[str, KernelKey]:
+def keys(variant: str) -> dict[str, ForwardKey]:
     """Three keys a row: the least a kernel does, the most, and what prefill runs."""
     least = {
         "dtype": torch.float16, "rule": BandRule(False, False), "layout": Layout.DENSE,
@@ -37,7 +37,7 @@ def keys(variant: str) -> dict[str, KernelKey]:
     found = {}
     for cfg in forward_rows(variant):
         for name, choice in (("least", least), ("most", most), ("prefill", prefill)):
-            found[f"{variant}_d{cfg.head_dim}_{name}"] = KernelKey(
+            found[f"{variant}_d{cfg.head_dim}_{name}"] = ForwardKey(
                 variant=variant,
                 dtype=choice["dtype"],
                 cfg=cfg,
@@ -52,10 +52,10 @@ def keys(variant: str) -> dict[str, KernelKey]:
 
 
 def main(variant: str, directory: Path) -> None:
-    from flash_attn4_cute.compiler import compile_forward
+    from flash_attn4_cute.compiler import compile_kernel
 
     for name, key in keys(variant).items():
-        kernel = compile_forward(key)
+        kernel = compile_kernel(key)
         (directory / f"{name}.ptx").write_text(kernel.__ptx__)
         (directory / f"{name}.cubin").write_bytes(kernel.__cubin__)
     (directory / "keys.json").write_text(json.dumps(sorted(keys(variant))))

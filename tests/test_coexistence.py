@@ -14,16 +14,16 @@ def patched(arg, arg_name, arg_type, ctx):
 converter._convert_single_arg = patched
 
 import torch
-from flash_attn4_cute.compiler import compile_forward
-from flash_attn4_cute.plan import BandRule, KernelKey
+from flash_attn4_cute.compiler import compile_kernel
+from flash_attn4_cute.plan import BandRule, ForwardKey
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.tiles import FORWARD_ROWS
-key = KernelKey(
+key = ForwardKey(
     variant="sm120a", dtype=torch.float16, cfg=FORWARD_ROWS[64], rule=BandRule(False, True),
     q_layout=Layout.VARLEN, kv_layout=Layout.VARLEN,
     has_seqused_q=False, has_seqused_k=True, has_lse=True,
 )
-print("compiled", callable(compile_forward(key)))
+print("compiled", callable(compile_kernel(key)))
 """
 
 

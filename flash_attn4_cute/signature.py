@@ -1,0 +1,66 @@
+"""Stand-ins for the arguments of a launch, from which kernels are traced and compiled."""
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32
+
+from .arguments import ForwardArgs
+from .plan import ForwardKey
+from .problem import Layout
+from .sm120.forward import ForwardSm120
+
+NUMERIC = {
+    torch.float16: cutlass.Float16,
+    torch.bfloat16: cutlass.BFloat16,
+    torch.float32: Float32,
+    torch.int32: Int32,
+}
+FORWARD = {"sm120": ForwardSm120}
+
+
+def rows(dtype, shape: tuple, present: bool = True) -> cute.Tensor | None:
+    """A tensor whose last dimension is contiguous and whose rows are 16-byte aligned."""
+    if not present:
+        return None
+    divisibility = 128 // dtype.width
+    strides = (*(cute.sym_int64(divisibility=divisibility) for _ in shape[1:]), 1)
+    return cute.runtime.make_fake_tensor(dtype, shape, strides, assumed_align=16)
+
+
+def values(dtype, shape: tuple, present: bool = True) -> cute.Tensor | None:
+    """A tensor of 4-byte values whose last dimension is contiguous."""
+    if not present:
+        return None
+    strides = (*(cute.sym_int64() for _ in shape[1:]), 1)
+    return cute.runtime.make_fake_tensor(dtype, shape, strides, assumed_align=4)
+
+
+def trace_forward(key: ForwardKey) -> tuple:
+    """The forward kernel for `key`, and a ForwardArgs that stands for its launches'."""
+    dtype = NUMERIC[key.dtype]
+    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    packed_q = key.q_layout is Layout.VARLEN
+    packed_k = key.kv_layout is Layout.VARLEN
+
+    def tokens(packed: bool, num_heads) -> tuple:
+        shape = (cute.sym_int(), num_heads, key.cfg.head_dim)
+        return shape if packed else (batch, *shape)
+
+    lse_shape = (heads, cute.sym_int()) if packed_q else (batch, heads, cute.sym_int())
+    args = ForwardArgs(
+        mQ=rows(dtype, tokens(packed_q, heads)),
+        mK=rows(dtype, tokens(packed_k, heads_kv)),
+        mV=rows(dtype, tokens(packed_k, heads_kv)),
+        mO=rows(dtype, tokens(packed_q, heads)),
+        mLSE=values(Float32, lse_shape, key.has_lse),
+        mCuSeqlensQ=values(Int32, (cute.sym_int(),), packed_q),
+        mCuSeqlensK=values(Int32, (cute.sym_int(),), packed_k),
+        mSeqUsedQ=values(Int32, (cute.sym_int(),), key.has_seqused_q),
+        mSeqUsedK=values(Int32, (cute.sym_int(),), key.has_seqused_k),
+        softmax_scale=Float32(1.0),
+        window_left=Int32(0),
+        window_right=Int32(0),
+        max_seqlen_q=Int32(0),
+    )
+    return FORWARD[key.family](dtype, key.cfg, key.rule), (args,)
