@@ -15,7 +15,8 @@ class ForwardArgs(NamedTuple):
 
     `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d) or (total_k, h_k, d);
     `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `window_left` and `window_right`
-    are read only where the mask rule has that bound.
+    are read only where the mask rule has that bound. `max_ctas` bounds the grid: fewer
+    CTAs than tiles compute several each.
     """
 
     mQ: cute.Tensor
@@ -31,3 +32,4 @@ class ForwardArgs(NamedTuple):
     window_left: Int32
     window_right: Int32
     max_seqlen_q: Int32
+    max_ctas: Int32

@@ -38,8 +38,8 @@ def card(device: torch.device) -> Card:
     return Card(properties.name, capability, properties.multi_processor_count)
 
 
-def variant_for(device: torch.device) -> str:
-    """Variant of the kernels for `device`.
+def supported_card(device: torch.device) -> Card:
+    """The card `device`, which some variant of the kernels runs on.
 
     Raises:
         NotImplementedError: no variant is built for its compute capability.
@@ -52,7 +52,7 @@ def variant_for(device: torch.device) -> str:
             f"found {major}.{minor} ({found.name}). Use a supported card, or pass CPU tensors to "
             f"run the cpu variant"
         )
-    return found.variant
+    return found
 
 
 def describe(device: torch.device) -> str:

@@ -44,6 +44,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         plan.window_left,
         plan.window_right,
         problem.seqlen_q,
+        plan.max_ctas,
     )
     compiler.compiled(plan.key)(args)
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .device import FAMILIES, variant_for
+from .device import FAMILIES, supported_card
 from .mask_rule import Band, Custom
 from .problem import AttentionProblem, Layout
 from .tiles import FORWARD_ROWS, TileConfig
+
+UNBOUNDED = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Plan:
     key: ForwardKey
     window_left: int
     window_right: int
+    max_ctas: int
     num_splits: int = 1
 
     def explain(self) -> str:
@@ -87,14 +90,14 @@ def make_plan(problem: AttentionProblem) -> Plan:
     Raises:
         NotImplementedError: the card or a feature that the GPU kernels do not have.
     """
-    variant = variant_for(problem.device)
+    card = supported_card(problem.device)
     for refusal in _refusals(problem):
         raise NotImplementedError(refusal)
     left, right = (None, None)
     if isinstance(problem.mask, Band):
         left, right = problem.mask.left, problem.mask.right
     key = ForwardKey(
-        variant=variant,
+        variant=card.variant,
         dtype=problem.dtype,
         cfg=FORWARD_ROWS[problem.head_dim],
         rule=BandRule(left is not None, right is not None),
@@ -104,6 +107,9 @@ def make_plan(problem: AttentionProblem) -> Plan:
         has_seqused_k=problem.has_seqused_k,
         has_lse=problem.return_lse,
     )
+    # One CTA fits an SM. Where all sequences are equally long, each gets its share of tiles at the
+    # start; else a CTA a tile, so that the card hands out the next one wherever an SM is free.
+    even = problem.q_layout is Layout.DENSE and not (problem.has_seqused_q or problem.has_seqused_k)
     # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
     # key numbers stay far from 2^31.
     longest = problem.seqlen_q + problem.seqlen_k
@@ -111,6 +117,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
         key=key,
         window_left=min(left or 0, longest),
         window_right=min(right or 0, longest),
+        max_ctas=card.num_sms if even else UNBOUNDED,
     )
 
 

@@ -62,5 +62,6 @@ def trace_forward(key: ForwardKey) -> tuple:
         window_left=Int32(0),
         window_right=Int32(0),
         max_seqlen_q=Int32(0),
+        max_ctas=Int32(0),
     )
     return FORWARD[key.family](dtype, key.cfg, key.rule), (args,)

@@ -17,11 +17,12 @@ class WorkTile:
 
 @dataclass(frozen=True)
 class TileScheduler:
-    """The order of the tiles: CTA i computes tiles i, i + grid, ...; a full grid, one tile each.
+    """The order of the tiles: each CTA takes one a round, until there are none left.
 
     Heads run fastest, so that query heads which share a key head run together and meet its keys in
     the L2 cache. The last query block comes first: under a causal mask it is the longest, and short
-    tiles fill the end of the launch.
+    tiles fill the end of the launch. CTAs are visited forwards and backwards in turn, so that of
+    tiles that get shorter with rank every CTA gets as much as any other.
     """
 
     num_m_blocks: Int32
@@ -31,6 +32,13 @@ class TileScheduler:
     @cute.jit
     def num_tiles(self) -> Int32:
         return self.num_m_blocks * self.num_heads * self.num_batch
+
+    @cute.jit
+    def index(self, turn: Int32) -> Int32:
+        """Rank of the tile of this CTA in round `turn`; with no tile left, num_tiles or more."""
+        grid, _, _ = cute.arch.grid_dim()
+        cta, _, _ = cute.arch.block_idx()
+        return turn * grid + (cta if turn % 2 == 0 else grid - 1 - cta)
 
     @cute.jit
     def tile(self, index: Int32) -> WorkTile:

@@ -21,6 +21,7 @@ from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
 from ..tiles import WARP_SIZE, TileConfig
 from .epilogue import Epilogue
+from .query import QueryRows
 
 CLEAR_ELEMENTS = 8  # 16 bytes a store
 
@@ -158,25 +159,29 @@ class ComputeRole:
     rule: Constexpr[Any]
     dtype: Constexpr[type[cutlass.Numeric]]
     guard_v: Constexpr[bool]  # rows past seqlen_k may hold anything: TMA did not zero them
-    sQ: cute.Tensor
+    sQ: cute.Tensor  # (rows_per_warp, d), this warp's
     sKV: cute.Tensor
     sVt: cute.Tensor
-    q_ring: Any
     kv_ring: Any
     scheduler: TileScheduler
 
     @cute.jit
     def run(self, args: ForwardArgs):
-        q_ring, kv_ring = self.q_ring, self.kv_ring
-        grid, _, _ = cute.arch.grid_dim()
-        index, _, _ = cute.arch.block_idx()
+        kv_ring = self.kv_ring
+        turn = Int32(0)
+        index = self.scheduler.index(turn)
+        if index < self.scheduler.num_tiles():
+            work = self.scheduler.tile(index)
+            QueryRows(self.cfg, self.sQ).fetch(args, work, cute.arch.lane_idx())
         while index < self.scheduler.num_tiles():
-            q_ring, kv_ring = self.compute_tile(args, index, q_ring, kv_ring)
-            index += grid
+            turn += 1
+            following = self.scheduler.index(turn)
+            kv_ring = self.compute_tile(args, index, following, kv_ring)
+            index = following
 
     @cute.jit
-    def compute_tile(self, args: ForwardArgs, index: Int32, q_ring: Any, kv_ring: Any):
-        """One tile from Q to O and LSE; returns the rings as it leaves them."""
+    def compute_tile(self, args: ForwardArgs, index: Int32, following: Int32, kv_ring: Any):
+        """One tile from Q to O and LSE; returns the ring as it leaves it."""
         cfg = self.cfg
         lane = cute.arch.lane_idx()
         warp_rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) * cfg.rows_per_warp
@@ -184,11 +189,7 @@ class ComputeRole:
         acc_S = mma.accumulator(cfg.block_n)
         acc_O = mma.accumulator(cfg.head_dim)
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
-        sQ = cute.local_tile(
-            self.sQ[None, None, 0],
-            (cfg.rows_per_warp, cfg.head_dim),
-            (warp_rows // cfg.rows_per_warp, 0),
-        )
+        queries = QueryRows(cfg, self.sQ)
         work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
         tile_row = work.m_block * cfg.block_m
@@ -206,13 +207,13 @@ class ComputeRole:
                 warp_lo, warp_hi = hi, hi
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
-            q_slot = q_ring.wait_and_advance()
+            queries.wait()
             for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                 kv_ring.wait_and_advance().release()
             for i in cutlass.range(warp_hi - warp_lo, unroll=1):
                 n_block = warp_hi - 1 - i
                 slot = kv_ring.wait_and_advance()
-                mma.scores(acc_S, sQ, self.sKV[None, None, slot.index])
+                mma.scores(acc_S, self.sQ, self.sKV[None, None, slot.index])
                 slot.release()
                 if n_block < full_lo or n_block >= full_hi:
                     coord = mma.score_coordinates(reread(lane))
@@ -229,9 +230,11 @@ class ComputeRole:
                 slot.release()
             for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
                 kv_ring.wait_and_advance().release()
-            # The epilogue stages O where this warp's Q rows were; nobody else reads them.
-            Epilogue(cfg, self.dtype, sQ, reread(lane)).run(args, work, row, softmax, acc_O)
-            # The TMA copy that refills the slot comes after those writes, through the other proxy.
-            cute.arch.fence_proxy("async.shared", space="cta")
-            q_slot.release()
-        return q_ring, kv_ring
+            # Nobody else reads these rows: the next tile's arrive while this one's are stored.
+            cute.arch.sync_warp()
+            if following < self.scheduler.num_tiles():
+                queries.fetch(args, self.scheduler.tile(following), reread(lane))
+            Epilogue(cfg, self.dtype, reread(lane)).run(args, work, row, softmax, acc_O)
+        elif following < self.scheduler.num_tiles():
+            queries.fetch(args, self.scheduler.tile(following), lane)
+        return kv_ring

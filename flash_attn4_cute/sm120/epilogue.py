@@ -4,25 +4,28 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from ..common.fragments import rows_and_columns
 from ..common.scheduler import WorkTile
 from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
-from ..tiles import WARP_SIZE, TileConfig
+from ..tiles import TileConfig
 
-STORE_ELEMENTS = 8  # 16 bytes a lane: whole 32-byte sectors, whatever the head dimension
+QUAD = 4  # lanes that share a row of an accumulator, and 32-bit words of one 16-byte store
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Stages a warp's O rows in `sO` (32, d), memory of its own, to store 16 bytes a lane."""
+    """Stores a warp's O rows 16 bytes a lane, without shared memory.
+
+    A lane of a quad holds two neighbouring columns of each n8 tile. The quad transposes four tiles
+    at a time, after which each lane holds all eight columns of one of them: 64 bytes a quad.
+    """
 
     cfg: Constexpr[TileConfig]
     dtype: Constexpr[type[cutlass.Numeric]]
-    sO: cute.Tensor
     lane: Int32
 
     @cute.jit
@@ -36,15 +39,14 @@ class Epilogue:
     ):
         seqlen = SeqlenInfo.of(args, work.batch)
         num_rows = seqlen.seqlen_q - row
-        lse = cute.make_rmem_tensor(cute.size(softmax.row_max), Float32)
+        lse = cute.make_rmem_tensor(cute.size(softmax.row_max), cutlass.Float32)
         softmax.finish(rows_and_columns(acc_O), lse)
         self._store_lse(args, work, seqlen.offset_q + row, num_rows, lse)
-        self._stage(acc_O)
         if const_expr(cute.rank(args.mO) == 4):
             mO = args.mO[work.batch, None, work.head, None]
         else:
             mO = args.mO[None, work.head, None]
-        self._store_rows(mO, seqlen.offset_q + row, num_rows)
+        self._store_rows(mO, seqlen.offset_q + row, num_rows, acc_O)
 
     @cute.jit
     def _store_lse(
@@ -55,42 +57,43 @@ class Epilogue:
                 mLSE = args.mLSE[work.batch, work.head, None]
             else:
                 mLSE = args.mLSE[work.head, None]
-            if self.lane % 4 == 0:
+            if self.lane % QUAD == 0:
                 for r in cutlass.range_constexpr(cute.size(lse)):
-                    local = self.lane // 4 + 8 * r
+                    local = self.lane // QUAD + 8 * r
                     if local < num_rows:
                         mLSE[row + local] = lse[r]
 
     @cute.jit
-    def _stage(self, acc_O: cute.Tensor):
-        """Write O, converted, to shared memory in the accumulator's own pairs of columns."""
+    def _store_rows(self, mO: cute.Tensor, row: Int32, num_rows: Int32, acc_O: cute.Tensor):
+        """Copy the rows that exist to rows `row`, `row` + 1, ... of mO (rows, d)."""
         rO = cute.make_fragment_like(acc_O, self.dtype)
         rO.store(acc_O.load().to(self.dtype))
-        cute.arch.sync_warp()
-        for m in cutlass.range_constexpr(cute.size(rO, mode=[1])):
+        words = cute.recast_tensor(rO, Int32)  # ((1, 2), m, n): one word a row and n8 tile
+        member = self.lane % QUAD
+        chunk = cute.make_rmem_tensor(QUAD, Int32)
+        for m in cutlass.range_constexpr(cute.size(words, mode=[1])):
             for half in cutlass.range_constexpr(2):
-                row = self.lane // 4 + 8 * half + 16 * m
-                for n in cutlass.range_constexpr(cute.size(rO, mode=[2])):
-                    target = cute.local_tile(self.sO, (1, 2), (row, self.lane % 4 + 4 * n))
-                    _copy_vector(rO[(None, half), m, n], target, 2)
-        cute.arch.sync_warp()
-
-    @cute.jit
-    def _store_rows(self, mO: cute.Tensor, row: Int32, num_rows: Int32):
-        """Copy the staged rows that exist to rows `row`, `row` + 1, ... of mO (rows, d)."""
-        per_row = self.cfg.head_dim // STORE_ELEMENTS
-        for i in cutlass.range_constexpr(self.cfg.rows_per_warp * per_row // WARP_SIZE):
-            chunk = i * WARP_SIZE + self.lane
-            local, column = chunk // per_row, chunk % per_row
-            if local < num_rows:
-                source = cute.local_tile(self.sO, (1, STORE_ELEMENTS), (local, column))
-                target = cute.local_tile(mO, (1, STORE_ELEMENTS), (row + local, column))
-                _copy_vector(source, target, STORE_ELEMENTS)
+                local = self.lane // QUAD + 8 * half + 16 * m
+                for n in cutlass.range_constexpr(0, cute.size(words, mode=[2]), QUAD):
+                    for j in cutlass.range_constexpr(QUAD):
+                        chunk[j] = words[(0, half), m, n + j]
+                    transpose_quad(chunk, member)
+                    if local < num_rows:
+                        target = cute.local_tile(mO, (1, 8), (row + local, n + member))
+                        vector = cute.make_tensor(target.iterator, cute.make_layout(8))
+                        cute.autovec_copy(cute.recast_tensor(chunk, self.dtype), vector)
 
 
-def _copy_vector(source: cute.Tensor, target: cute.Tensor, elements: int):
-    """Copy `elements` contiguous values with one instruction."""
-    layout = cute.make_layout(elements)
-    cute.autovec_copy(
-        cute.make_tensor(source.iterator, layout), cute.make_tensor(target.iterator, layout)
-    )
+@cute.jit
+def transpose_quad(words: cute.Tensor, member: Int32):
+    """Transpose the 4 x 4 matrix of which each lane of a quad holds a row of four words."""
+    for bit in cutlass.range_constexpr(2):
+        step = 1 << bit
+        upper = (member & step) != 0
+        for j in cutlass.range_constexpr(QUAD):
+            if const_expr(j & step == 0):
+                # The upper lane gives its word j for the lower lane's word j + step.
+                gives = words[j] if upper else words[j + step]
+                gets = cute.arch.shuffle_sync_bfly(gives, offset=step)
+                words[j] = gets if upper else words[j]
+                words[j + step] = words[j + step] if upper else gets

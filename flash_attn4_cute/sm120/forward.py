@@ -1,15 +1,17 @@
 """Forward attention for mma.sync GPUs: sm_120a, sm_121a, sm_90a.
 
-                 q_ring (1 slot)
+                 kv_ring (K, V, K, V ...)
     LoadRole  ------------------------->  ComputeRole x 8 warps  --->  O, LSE
-    (1 thread)   kv_ring (K, V, K, V ...)   32 query rows each
-              <-------------------------
-                 slots freed, 8 arrivals
+    (1 thread) <------------------------    32 query rows each
+                 slots freed, 8 arrivals       ^
+                                               | Q, by the warp's own cp.async
 
 One CTA computes 256 query rows of one head. The load warp streams the key blocks of that tile from
 the last to the first; the eight compute warps consume them at their own pace, each waiting only for
 data. Every slot of the ring holds one block of K or of V and is released by eight arrivals, one a
-compute warp; it is filled by one arrival and its bytes. Q is loaded once.
+compute warp; it is filled by one arrival and its bytes. Warps fetch their own rows of Q. A CTA may
+compute several tiles one after another: the ring does not notice where one ends, and each warp goes
+on to its next rows when it is done with the present ones.
 """
 
 import cutlass
@@ -36,21 +38,20 @@ class ForwardSm120:
     @cute.jit
     def __call__(self, args: ForwardArgs, stream):
         cfg = self.cfg
-        mQ, mK, mV = (rows_first(mX) for mX in (args.mQ, args.mK, args.mV))
+        mK, mV = rows_first(args.mK), rows_first(args.mV)
         num_batch = cute.size(args.mQ, mode=[0])
         if cutlass.const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
         scheduler = TileScheduler(
             Int32(cute.ceil_div(args.max_seqlen_q, cfg.block_m)),
-            Int32(cute.size(mQ, mode=[2])),
+            Int32(cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2])),
             Int32(num_batch),
         )
-        q_atom, q_tensor = self.tma_load(mQ, cfg.block_m)
         k_atom, k_tensor = self.tma_load(mK, cfg.block_n)
         v_atom, v_tensor = self.tma_load(mV, cfg.block_n)
-        tma = ((q_atom, q_tensor), (k_atom, k_tensor), (v_atom, v_tensor))
+        tma = ((k_atom, k_tensor), (v_atom, v_tensor))
         self.kernel(args, tma, scheduler).launch(
-            grid=[scheduler.num_tiles(), 1, 1],
+            grid=[cutlass.min(scheduler.num_tiles(), args.max_ctas), 1, 1],
             block=[cfg.num_threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -90,27 +91,23 @@ class ForwardSm120:
     def kernel(self, args: ForwardArgs, tma, scheduler: TileScheduler):
         cfg = self.cfg
         smem = cutlass.memory.SmemAllocator()
-        q_barriers = smem.allocate_array(cutlass.Int64, 2)
         kv_barriers = smem.allocate_array(cutlass.Int64, 2 * cfg.kv_stages)
-        q_layout = self.smem_layout(cfg.block_m, 1)
+        q_layout = self.smem_layout(cfg.rows_per_warp, cfg.num_compute_warps)
         kv_layout = self.smem_layout(cfg.block_n, cfg.kv_stages)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, 1024, swizzle=q_layout.inner)
         sKV = smem.allocate_tensor(self.dtype, kv_layout.outer, 1024, swizzle=kv_layout.inner)
-        q_producer, q_consumer = self.make_ring(q_barriers, 1, cfg.block_m)
         kv_producer, kv_consumer = self.make_ring(kv_barriers, cfg.kv_stages, cfg.block_n)
 
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp >= cfg.num_compute_warps:
             cute.arch.setmaxregister_decrease(cfg.registers.load)
             if warp == cfg.load_warp:
-                heads_per_kv_head = scheduler.num_heads // cute.size(tma[1][1], mode=[2])
+                heads_per_kv_head = scheduler.num_heads // cute.size(tma[0][1], mode=[2])
                 LoadRole(
                     cfg,
                     self.rule,
-                    TmaOperand(tma[0][0], tma[0][1], sQ),
+                    TmaOperand(tma[0][0], tma[0][1], sKV),
                     TmaOperand(tma[1][0], tma[1][1], sKV),
-                    TmaOperand(tma[2][0], tma[2][1], sKV),
-                    q_producer,
                     kv_producer,
                     scheduler,
                     heads_per_kv_head,
@@ -124,10 +121,9 @@ class ForwardSm120:
                 self.rule,
                 self.dtype,
                 guard_v,
-                sQ,
+                sQ[None, None, warp],
                 sKV,
                 sVt,
-                q_consumer,
                 kv_consumer,
                 scheduler,
             ).run(args)

@@ -43,30 +43,29 @@ class TmaOperand:
 
 @dataclass(frozen=True)
 class LoadRole:
-    """Feeds the Q slot and the ring of K and V blocks, from the last key block to the first."""
+    """Feeds the ring of K and V blocks, from the last key block to the first."""
 
     cfg: Constexpr[TileConfig]
     rule: Constexpr[Any]
-    q: TmaOperand
     k: TmaOperand
     v: TmaOperand
-    q_ring: Any
     kv_ring: Any
     scheduler: TileScheduler
     heads_per_kv_head: Int32
 
     @cute.jit
     def run(self, args: ForwardArgs):
-        q_ring, kv_ring = self.q_ring, self.kv_ring
-        grid, _, _ = cute.arch.grid_dim()
-        index, _, _ = cute.arch.block_idx()
+        kv_ring = self.kv_ring
+        turn = Int32(0)
+        index = self.scheduler.index(turn)
         while index < self.scheduler.num_tiles():
-            q_ring, kv_ring = self.load_tile(args, index, q_ring, kv_ring)
-            index += grid
+            kv_ring = self.load_tile(args, index, kv_ring)
+            turn += 1
+            index = self.scheduler.index(turn)
 
     @cute.jit
-    def load_tile(self, args: ForwardArgs, index: Int32, q_ring: Any, kv_ring: Any):
-        """Everything one tile reads; returns the rings as it leaves them."""
+    def load_tile(self, args: ForwardArgs, index: Int32, kv_ring: Any):
+        """The keys and values of one tile; returns the ring as it leaves it."""
         work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
         row = work.m_block * self.cfg.block_m
@@ -75,16 +74,8 @@ class LoadRole:
             end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
             lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
             kv_head = work.head // self.heads_per_kv_head
-            tQsQ, tQgQ = self.q.tiles(work.head, work.batch, seqlen.offset_q)
             tKsK, tKgK = self.k.tiles(kv_head, work.batch, seqlen.offset_k)
             tVsV, tVgV = self.v.tiles(kv_head, work.batch, seqlen.offset_k)
-            slot = q_ring.acquire_and_advance()
-            cute.copy(
-                self.q.atom,
-                tQgQ[None, work.m_block],
-                tQsQ[None, slot.index],
-                tma_bar_ptr=slot.barrier,
-            )
             for i in cutlass.range(hi - lo, unroll=1):
                 n_block = hi - 1 - i
                 slot = kv_ring.acquire_and_advance()
@@ -101,4 +92,4 @@ class LoadRole:
                     tVsV[None, slot.index],
                     tma_bar_ptr=slot.barrier,
                 )
-        return q_ring, kv_ring
+        return kv_ring

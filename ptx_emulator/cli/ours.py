@@ -10,26 +10,31 @@ from torch import Tensor
 from ..session import Session
 from .case import Case, Inputs
 
+NUM_SMS = 3  # of the emulated card as the planner sees it: few, so that CTAs take several tiles
+
 
 @contextmanager
 def kernels_on(emulator: Session) -> Iterator[Callable[..., None]]:
     """`flash_attn4_cute.launch.forward(problem, tensors)` for CPU tensors, run by `emulator`."""
     from flash_attn4_cute import compiler, launch, plan
+    from flash_attn4_cute.device import VARIANTS, Card
 
     variant = emulator.card.arch.replace("sm_", "sm")
-    before = plan.variant_for, compiler.compiled
+    capability = next(found for found, name in VARIANTS.items() if name == variant)
+    card = Card(emulator.card.arch, capability, NUM_SMS)
+    before = plan.supported_card, compiler.compiled
 
     def compiled(key: Any) -> Callable[..., Any]:
         function = before[1](key)
         return lambda *args: emulator.call(function, *args)
 
-    plan.variant_for = lambda device: variant
+    plan.supported_card = lambda device: card
     compiler.compiled = compiled  # type: ignore[assignment]
     plan.make_plan.cache_clear()
     try:
         yield launch.forward
     finally:
-        plan.variant_for, compiler.compiled = before
+        plan.supported_card, compiler.compiled = before
         plan.make_plan.cache_clear()
 
 

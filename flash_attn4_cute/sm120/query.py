@@ -1,0 +1,65 @@
+"""The query rows of one warp: fetched by the warp itself, read by nobody else.
+
+No barrier but the warp's own is needed, so a warp that has finished a tile fetches the rows of its
+next one while it writes its results, whatever the other warps are doing.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from ..arguments import ForwardArgs
+from ..common.scheduler import WorkTile
+from ..common.seqlen import SeqlenInfo
+from ..tiles import WARP_SIZE, TileConfig
+
+CHUNK = 8  # elements of one 16-byte copy
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Shared memory `sQ` (rows_per_warp, d) for the query rows of one warp."""
+
+    cfg: Constexpr[TileConfig]
+    sQ: cute.Tensor
+
+    @cute.jit
+    def fetch(self, args: ForwardArgs, work: WorkTile, lane: Int32):
+        """Begin to copy this warp's rows of tile `work`; `wait` ends it.
+
+        Rows past the end repeat the last one: their results are not stored.
+        """
+        cfg = self.cfg
+        seqlen = SeqlenInfo.of(args, work.batch)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        row = work.m_block * cfg.block_m + warp * cfg.rows_per_warp
+        if row < seqlen.seqlen_q:
+            if const_expr(cute.rank(args.mQ) == 4):
+                mQ = args.mQ[work.batch, None, work.head, None]
+            else:
+                mQ = cute.domain_offset((seqlen.offset_q, 0), args.mQ[None, work.head, None])
+            op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
+            atom = cute.make_copy_atom(op, mQ.element_type, num_bits_per_copy=128)
+            per_row = cfg.head_dim // CHUNK
+            for i in cutlass.range_constexpr(cfg.rows_per_warp * per_row // WARP_SIZE):
+                chunk = i * WARP_SIZE + lane
+                local, column = chunk // per_row, chunk % per_row
+                source_row = cutlass.min(row + local, seqlen.seqlen_q - 1)
+                source = cute.local_tile(mQ, (1, CHUNK), (source_row, column))
+                target = cute.local_tile(self.sQ, (1, CHUNK), (local, column))
+                cute.copy(atom, as_vector(source), as_vector(target))
+            cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def wait(self):
+        """Until every lane sees the rows of the last `fetch`."""
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_warp()
+
+
+def as_vector(tile: cute.Tensor) -> cute.Tensor:
+    """View the 16 bytes of one copy as a vector."""
+    return cute.make_tensor(tile.iterator, cute.make_layout(CHUNK))
