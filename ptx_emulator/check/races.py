@@ -37,6 +37,7 @@ class Copy:
 
     warps: Any
     words: Any
+    announced: bool = False  # an mbarrier tells of its end
 
 
 @dataclass
@@ -190,7 +191,13 @@ class RaceChecker:
         return Copy(warps, words)
 
     def written_for(self, copy: Copy, barrier: Any) -> None:
-        """The copy is done and about to be counted by an mbarrier."""
+        """The copy is done and about to be counted by an mbarrier.
+
+        Each later arrival of cp.async counts it again; by then its words may be another's.
+        """
+        if copy.announced:
+            return
+        copy.announced = True
         words = copy.words.ravel()
         self.writer[words] = self.sync_of(barrier).column
         self.written[words] = barrier.phase + 1
