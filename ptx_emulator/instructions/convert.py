@@ -7,6 +7,9 @@ import numpy as np
 from ..findings import Unmodelled
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Instruction
+from .convert_fp8 import MANTISSA
+from .convert_fp8 import convert as convert_fp8
+from .float_arith import toward
 from .move import storage
 from .registry import instruction
 
@@ -32,6 +35,19 @@ def narrow_f16(value: Any) -> Any:
     return np.where(value != value, np.uint16(0x7FFF), result)
 
 
+def truncate_f16(value: Any) -> Any:
+    """float32 to f16 bits toward zero; what is too large becomes the largest."""
+    near = narrow_f16(value)
+    beyond = np.abs(near.view(np.float16).astype(np.float32)) > np.abs(value)
+    return np.where(beyond, near - np.uint16(1), near)
+
+
+def narrow_tf32(value: Any) -> Any:
+    """float32 with 10 bits of fraction, to nearest, ties away from zero."""
+    rounded = (value.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(value), rounded.view(np.float32), value)
+
+
 def pack_halves(high: Any, low: Any) -> Any:
     return (high.astype(np.uint32) << np.uint32(16)) | low.astype(np.uint32)
 
@@ -40,10 +56,14 @@ def pack_halves(high: Any, low: Any) -> Any:
 def cvt(e: Emitter, ins: Instruction) -> None:
     kinds = [m for m in ins.mods if m in _FLOATS or m[1:].isdigit() or m.endswith("x2")]
     to, source = kinds[0], kinds[-1]
-    if to in ("bf16x2", "f16x2"):
+    if to in MANTISSA or source in MANTISSA:
+        convert_fp8(e, ins, to, source)
+    elif to in ("bf16x2", "f16x2"):
         _packed(e, ins, to, source)
-    elif to.endswith("x2") or source.endswith("x2") or "tf32" in (to, source):
+    elif to.endswith("x2") or source.endswith("x2"):
         raise Unmodelled(e.text)
+    elif (to, source) == ("tf32", "f32") and ins.has("rna"):
+        e.put(ins.operands[0], e.call(narrow_tf32, e.get(ins.operands[1], "f32")), "f32")
     elif to in _FLOATS or source in _FLOATS:
         _floating(e, ins, to, source)
     else:
@@ -64,10 +84,10 @@ def _packed(e: Emitter, ins: Instruction, to: str, source: str) -> None:
 
 
 def _narrowing(e: Emitter, ins: Instruction, to: str) -> Any:
-    if ins.has("satfinite", "rs", "rm", "rp", "rna") or (ins.has("rz") and to == "f16"):
+    if ins.has("satfinite", "rs", "rm", "rp", "rna"):
         raise Unmodelled(e.text)
     if to == "f16":
-        return narrow_f16
+        return truncate_f16 if ins.has("rz") else narrow_f16
     return truncate_bf16 if ins.has("rz") else narrow_bf16
 
 
@@ -109,7 +129,10 @@ def _floating(e: Emitter, ins: Instruction, to: str, source: str) -> None:
             raise Unmodelled(e.text)
         e.put(ins.operands[0], e.call(_narrowing(e, ins, to), single), "u16")
     else:
-        if ins.has("rm", "rp", "rz") and not rounding.endswith("i"):
+        mode = next((m for m in ins.mods if m in ("rm", "rp", "rz")), None)
+        if mode and to == "f32" and source in ("s32", "u32", "s16", "u16", "f64"):
+            value = e.temp(e.call(toward, f"{value}.astype(D_f64)", repr(mode)))
+        elif mode:
             raise Unmodelled(e.text)
         e.put(ins.operands[0], f"{value}.astype(D_{to})", to)
 

@@ -152,7 +152,9 @@ def reduced(g: Gang, mode: str, value: Any, mask: Any) -> Any:
     per_warp = []
     for lanes, taking in zip(full.reshape(-1, 32), by_warp(g, True, mask), strict=True):
         some = lanes[taking]
-        per_warp.append(function.reduce(some) if len(some) else full.dtype.type(0))
+        per_warp.append(
+            function.reduce(some, dtype=full.dtype) if len(some) else full.dtype.type(0)
+        )
     return each_lane(g, np.array(per_warp, full.dtype))
 
 
