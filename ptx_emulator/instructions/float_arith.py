@@ -106,9 +106,6 @@ def arithmetic_of(e: Emitter, ins: Instruction) -> Operation:
 
 @instruction("add", "sub", "mul", "fma", "mad", types="f32")
 def arithmetic(e: Emitter, ins: Instruction) -> None:
-    if ins.has("bf16", "f16"):
-        mixed(e, ins)
-        return
     parts = [e.get(operand, "f32") for operand in ins.operands[1:]]
     e.put(ins.operands[0], arithmetic_of(e, ins)(parts), "f32")
 

@@ -8,7 +8,7 @@ from ..findings import Unmodelled
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Instruction
 from .convert import narrow_bf16
-from .float_arith import bf16_to_f32
+from .float_arith import bf16_to_f32, mixed
 from .registry import instruction
 
 HALVES = "f16 f16x2 bf16 bf16x2"
@@ -55,6 +55,9 @@ def pack16(low: Any, high: Any) -> Any:
 @instruction("add", "sub", "mul", "fma", "min", "max", "neg", "abs", "ex2", "tanh", types=HALVES)
 def arithmetic(e: Emitter, ins: Instruction) -> None:
     """float64 holds sums and products of halves exactly, up to fma, where it is 53 bits wide."""
+    if ins.has("f32"):  # f32 arithmetic with f16 or bf16 factors
+        mixed(e, ins)
+        return
     if ins.has("sat", "relu", "NaN", "xorsign"):
         raise Unmodelled(e.text)
     template = _BINARY.get(ins.opcode) or _OTHER[ins.opcode]
