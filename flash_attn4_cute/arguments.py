@@ -33,3 +33,31 @@ class ForwardArgs(NamedTuple):
     window_right: Int32
     max_seqlen_q: Int32
     max_ctas: Int32
+
+
+class AppendArgs(NamedTuple):
+    """Run-time arguments of one launch that appends to a cache, as PyTorch users pass them.
+
+    `mKNew`, `mVNew` (b, s_new, h_k, d | d_v) or (total_new, h_k, d | d_v); `mK`, `mV`
+    (rows, sk, h_k, d | d_v) or (pages, page_size, h_k, d | d_v); `mQ`, `mQRotated` (b, sq, h, d) or
+    (total_q, h, d), there only with rotary tables `mCos`, `mSin` (positions, rotary_dim / 2).
+    `mSeqUsed` receives the lengths after the update. Query i is rotated to the sequence's
+    cache_seqlens + `query_step` * i. `capacity` is the number of tokens a sequence can hold.
+    """
+
+    mKNew: cute.Tensor
+    mVNew: cute.Tensor
+    mK: cute.Tensor
+    mV: cute.Tensor
+    mQ: cute.Tensor | None
+    mQRotated: cute.Tensor | None
+    mCos: cute.Tensor | None
+    mSin: cute.Tensor | None
+    mCacheSeqlens: cute.Tensor
+    mSeqUsed: cute.Tensor
+    mCuSeqlensNew: cute.Tensor | None
+    mCuSeqlensQ: cute.Tensor | None
+    mPageTable: cute.Tensor | None
+    mBatchIdx: cute.Tensor | None
+    query_step: Int32
+    capacity: Int32

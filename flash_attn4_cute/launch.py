@@ -3,11 +3,26 @@
 from torch import Tensor
 
 from . import compiler
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors, is_aligned
 
 # A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
 SMALLEST_SCALE = 1e-30
+
+
+def check(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
+    """The plan of a call that can be launched; `tensors.out` may still be missing.
+
+    Raises:
+        NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
+    """
+    plan, out = make_plan(problem), tensors.out
+    if out is not None and not is_aligned(out):
+        raise NotImplementedError(
+            f"out with strides {tuple(out.stride())} is not supported: the GPU kernels store 16 "
+            f"aligned bytes at a time along a contiguous last dimension; pass a contiguous out"
+        )
+    return plan
 
 
 def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
@@ -17,14 +32,9 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
         ImportError: the kernel has to be compiled and nvidia-cutlass-dsl is not installed.
     """
-    plan = make_plan(problem)
+    plan = check(problem, tensors)
     out = tensors.out
     assert out is not None, "the interface allocates the output"
-    if not is_aligned(out):
-        raise NotImplementedError(
-            f"out with strides {tuple(out.stride())} is not supported: the GPU kernels store 16 "
-            f"aligned bytes at a time along a contiguous last dimension; pass a contiguous out"
-        )
     if out.numel() == 0:
         return
     compiler.load_cutlass()

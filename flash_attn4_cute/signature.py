@@ -5,7 +5,9 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32
 
-from .arguments import ForwardArgs
+from .append_kv import AppendKv
+from .append_plan import AppendKey
+from .arguments import AppendArgs, ForwardArgs
 from .plan import ForwardKey
 from .problem import Layout
 from .sm120.forward import ForwardSm120
@@ -26,6 +28,14 @@ def rows(dtype, shape: tuple, present: bool = True) -> cute.Tensor | None:
     divisibility = 128 // dtype.width
     strides = (*(cute.sym_int64(divisibility=divisibility) for _ in shape[1:]), 1)
     return cute.runtime.make_fake_tensor(dtype, shape, strides, assumed_align=16)
+
+
+def vectors(dtype, shape: tuple, vector: int) -> cute.Tensor:
+    """A tensor read and written `vector` elements at a time; with 1, it may have any strides."""
+    if vector > 1:
+        return rows(dtype, shape)
+    strides = tuple(cute.sym_int64() for _ in shape)
+    return cute.runtime.make_fake_tensor(dtype, shape, strides, assumed_align=dtype.width // 8)
 
 
 def values(dtype, shape: tuple, present: bool = True) -> cute.Tensor | None:
@@ -65,3 +75,40 @@ def trace_forward(key: ForwardKey) -> tuple:
         max_ctas=Int32(0),
     )
     return FORWARD[key.family](dtype, key.cfg, key.rule), (args,)
+
+
+def trace_append(key: AppendKey) -> tuple:
+    """The append kernel for `key`, and an AppendArgs that stands for its launches'."""
+    dtype, rotates = NUMERIC[key.dtype], key.rotary_dim > 0
+    heads, heads_kv = cute.sym_int(), cute.sym_int()
+
+    def tokens(packed: bool, *inner) -> cute.Tensor:
+        outer = (cute.sym_int(),) if packed else (cute.sym_int(), cute.sym_int())
+        return vectors(dtype, (*outer, *inner), key.vector)
+
+    def indices(*shape, present: bool = True) -> cute.Tensor | None:
+        return values(Int32, shape, present)
+
+    def table() -> cute.Tensor | None:
+        shape = (cute.sym_int(), key.rotary_dim // 2)
+        return vectors(dtype, shape, key.vector) if rotates else None
+
+    args = AppendArgs(
+        mKNew=tokens(key.packed_new, heads_kv, key.head_dim),
+        mVNew=tokens(key.packed_new, heads_kv, key.head_dim_v),
+        mK=tokens(False, heads_kv, key.head_dim),
+        mV=tokens(False, heads_kv, key.head_dim_v),
+        mQ=tokens(key.packed_q, heads, key.head_dim) if rotates else None,
+        mQRotated=tokens(key.packed_q, heads, key.head_dim) if rotates else None,
+        mCos=table(),
+        mSin=table(),
+        mCacheSeqlens=indices(cute.sym_int()),
+        mSeqUsed=indices(cute.sym_int()),
+        mCuSeqlensNew=indices(cute.sym_int(), present=key.packed_new),
+        mCuSeqlensQ=indices(cute.sym_int(), present=key.packed_q),
+        mPageTable=indices(cute.sym_int(), cute.sym_int(), present=key.paged),
+        mBatchIdx=indices(cute.sym_int(), present=key.has_batch_idx),
+        query_step=Int32(0),
+        capacity=Int32(0),
+    )
+    return AppendKv(key), (args,)

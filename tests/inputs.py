@@ -73,7 +73,8 @@ def _repeat(x: Tensor, first: Tensor, how: str) -> Tensor:
 # Each function gives a tensor of x's shape and values, x (b, s, h, d) or (total, h, d).
 
 
-def _nan_like(x: Tensor, *shape: int) -> Tensor:
+def nan_like(x: Tensor, *shape: int) -> Tensor:
+    """NaN of this shape, of x's dtype, where x lives."""
     return torch.full(shape, math.nan, dtype=x.dtype, device=x.device)
 
 
@@ -85,7 +86,7 @@ def transposed(x: Tensor) -> Tensor:
 def padded(x: Tensor) -> Tensor:
     """Rows and heads apart from each other, by multiples of 16 bytes."""
     *outer, h, d = x.shape
-    store = _nan_like(x, *outer, h + 1, d + 16)
+    store = nan_like(x, *outer, h + 1, d + 16)
     store[..., :h, :d] = x
     return store[..., :h, :d]
 
@@ -98,14 +99,14 @@ def sliced(x: Tensor) -> Tensor:
 
 def shifted_by_one(x: Tensor) -> Tensor:
     """A base address that is aligned to one element only."""
-    store = _nan_like(x, x.numel() + 1)
+    store = nan_like(x, x.numel() + 1)
     store[1:] = x.flatten()
     return store[1:].view(x.shape)
 
 
 def odd_stride(x: Tensor) -> Tensor:
     """Heads an odd number of elements apart."""
-    store = _nan_like(x, *x.shape[:-1], x.shape[-1] + 1)
+    store = nan_like(x, *x.shape[:-1], x.shape[-1] + 1)
     store[..., :-1] = x
     return store[..., :-1]
 
@@ -192,7 +193,7 @@ def shuffled_pages(
 
 def fill_pages(xs: Sequence[Tensor], pages: list[list[int]], count: int, size: int) -> Tensor:
     """(count, size, h, d) with the sequences in their pages and NaN everywhere else."""
-    store = _nan_like(xs[0], count, size, *xs[0].shape[1:])
+    store = nan_like(xs[0], count, size, *xs[0].shape[1:])
     for x, numbers in zip(xs, pages, strict=True):
         for page, tokens in zip(numbers, x.split(size), strict=False):
             store[page, : len(tokens)] = tokens

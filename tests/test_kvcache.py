@@ -1,18 +1,23 @@
 """Attention over a cache: paged, indexed, appended to in place, with rotary embedding."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from . import acceptance, cases, harness, inputs, oracle
-from .cases import BF16, F16, F32, Case
+from .append_cases import (
+    BEFORE,
+    HEADS,
+    HEADS_KV,
+    Cache,
+    D,
+    append_params,
+    same_bits,
+    same_but_for_one_rounding,
+)
+from .cases import BF16, Case
 from .oracle import Rule
-
-HEADS, HEADS_KV, D = 4, 2, 64
-CAPACITY = 96  # tokens a sequence's cache can hold
-BEFORE = (0, 1, 63, 64, 90, -1)  # tokens already there; -1 is a padded row of a CUDA graph
 
 
 @pytest.mark.parametrize("case", cases.PAGES, ids=str)
@@ -115,165 +120,32 @@ def test_cache_batch_idx_chooses_rows(fa4, device):
 # --- append -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Append:
-    """One call that writes new tokens: the cache's layout, the tables, the mask."""
-
-    layout: str  # "dense", "indexed", "paged"
-    rotary: str | None  # "interleaved", "halves"
-    rotary_dim: int = D
-    rule: Rule = Rule(causal=True)
-    packed: bool = False
-    dtype: torch.dtype = BF16
-    tokens: int = 5
-    page_size: int = 8
-
-
-class Cache:
-    """A cache that holds BEFORE tokens and NaN behind them, new tokens, queries, tables."""
-
-    def __init__(self, how: Append):
-        gen = torch.Generator().manual_seed(11)
-        self.how, batch = how, len(BEFORE)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=gen).to(how.dtype)
-
-        self.q = normal(batch, how.tokens, HEADS, D)
-        self.new_k, self.new_v = (normal(batch, how.tokens, HEADS_KV, D) for _ in range(2))
-        angle = torch.rand(CAPACITY + how.tokens + 8, how.rotary_dim // 2, generator=gen) * 6.3
-        self.cos, self.sin = angle.cos().to(how.dtype), angle.sin().to(how.dtype)
-        self.used = torch.tensor(BEFORE, dtype=torch.int32)
-        self.table = self.rows = None
-        held = (
-            [normal(max(0, n), HEADS_KV, D) for n in BEFORE],
-            [normal(max(0, n), HEADS_KV, D) for n in BEFORE],
-        )
-        self.k, self.v = self._place(held[0], gen), self._place(held[1], gen)
-
-    def _place(self, held: list[torch.Tensor], gen: torch.Generator) -> torch.Tensor:
-        how, batch = self.how, len(BEFORE)
-        if how.layout == "paged":
-            per = math.ceil(CAPACITY / how.page_size)
-            if self.table is None:
-                order = torch.randperm(batch * per + 3, generator=gen)[: batch * per]
-                self.table = order.reshape(batch, per).to(torch.int32)
-                self.table[BEFORE.index(-1)] = -1
-            pages = self.table.tolist()
-            return inputs.fill_pages(held, pages, batch * per + 3, how.page_size)
-        if how.layout == "indexed":
-            self.rows = torch.tensor([3, 7, 0, 5, 1, 2], dtype=torch.int32)
-        rows = range(batch) if self.rows is None else self.rows.tolist()
-        store = torch.full((batch + 2, CAPACITY, HEADS_KV, D), math.nan).to(how.dtype)
-        if self.rows is None:
-            store = store[:batch]
-        for row, x in zip(rows, held, strict=True):
-            store[row, : len(x)] = x
-        return store
-
-    def arguments(self) -> dict:
-        how = self.how
-        given = {"cache_seqlens": self.used, "causal": how.rule.causal, "return_lse": True}
-        given["window_size"] = how.rule.window
-        if how.layout == "paged":
-            given["block_table"] = self.table
-        if how.layout == "indexed":
-            given["cache_batch_idx"] = self.rows
-        if how.rotary:
-            given |= {"rotary_cos": self.cos, "rotary_sin": self.sin}
-            given["rotary_interleaved"] = how.rotary == "interleaved"
-        if how.packed:
-            starts = torch.arange(len(BEFORE) + 1, dtype=torch.int32) * how.tokens
-            given |= {"cu_seqlens_q": starts, "cu_seqlens_k_new": starts}
-            given["max_seqlen_q"] = how.tokens
-        return given
-
-    def expected(self):
-        """(k cache, v cache, queries in float64, lengths) after the call."""
-        how, queries, keys = self.how, [], []
-        for b, n in enumerate(BEFORE):
-            q, k = self.q[b].double(), self.new_k[b].double()
-            if how.rotary and n >= 0:
-                turn = (self.cos, self.sin)
-                layout = how.rotary == "interleaved"
-                at = oracle.query_positions(n, how.tokens, how.rule)
-                q = oracle.rotate(q, *turn, at, layout)
-                k = oracle.rotate(k, *turn, list(range(n, n + how.tokens)), layout)
-            queries.append(q)
-            keys.append(k)
-        where = {"page_table": self.table, "batch_idx": self.rows}
-        cache_k = oracle.append(self.k, keys, BEFORE, **where)
-        cache_v = oracle.append(self.v, list(self.new_v), BEFORE, **where)
-        lengths = [0 if n < 0 else n + how.tokens for n in BEFORE]
-        return cache_k, cache_v, queries, lengths
-
-    def sequences(self, cache: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-        if self.how.layout == "paged":
-            return oracle.from_paged(cache, self.table, lengths)
-        return oracle.from_dense(cache, lengths, self.rows)
-
-
-ROTARIES = {
-    "plain": {"rotary": None},
-    "interleaved": {"rotary": "interleaved"},
-    "halves": {"rotary": "halves"},
-    "partial": {"rotary": "halves", "rotary_dim": 32},
-}
-APPENDS = [
-    pytest.param(Append(layout=layout, **rotary), id=f"{layout}_{name}")
-    for layout in ("dense", "indexed", "paged")
-    for name, rotary in ROTARIES.items()
-] + [
-    pytest.param(Append("paged", "halves", packed=True), id="packed"),
-    pytest.param(Append("dense", "interleaved", packed=True), id="packed_dense"),
-    pytest.param(Append("paged", "interleaved", rule=Rule()), id="full_mask"),
-    pytest.param(Append("paged", "halves", rule=Rule(window=(20, 0))), id="window"),
-    pytest.param(Append("paged", "halves", rule=Rule(window=(20, 3))), id="band"),
-    pytest.param(Append("paged", "halves", tokens=1, page_size=1), id="decode_page1"),
-    pytest.param(Append("paged", "halves", tokens=1, page_size=256), id="decode_page256"),
-    pytest.param(Append("dense", "halves", dtype=F32), id="fp32"),
-    pytest.param(Append("dense", "halves", dtype=F16), id="fp16"),
-]
-
-
-def same_but_for_one_rounding(ours: torch.Tensor, truth: torch.Tensor) -> None:
-    """NaN where nothing was written; elsewhere a neighbour in the dtype, or float32's rounding."""
-    assert torch.equal(ours.isnan(), truth.isnan())
-    ours, truth = ours.nan_to_num(), truth.nan_to_num()
-    slip = torch.finfo(truth.dtype).eps * truth.abs().float()
-    error = (ours.float() - truth.float()).abs()
-    assert (error <= slip + acceptance.ARITHMETIC * truth.abs().max()).all()
-
-
-@pytest.mark.parametrize("how", APPENDS)
-def test_append_then_attend(fa4, how):
+@pytest.mark.parametrize("how", append_params)
+def test_append_then_attend(fa4, device, how):
     """New tokens land at cache_seqlens, rotated; nothing else of the cache changes; then attend."""
-    cache = Cache(how)
+    cache = Cache(how, device)
     expected_k, expected_v, queries, lengths = cache.expected()
-    q, new_k, new_v = cache.q, cache.new_k, cache.new_v
-    if how.packed:
-        q, new_k, new_v = (x.flatten(0, 1) for x in (q, new_k, new_v))
-    kept = q.clone()
-    out, lse = fa4.flash_attn_with_kvcache(q, cache.k, cache.v, new_k, new_v, **cache.arguments())
-    assert torch.equal(q, kept)
+    kept = cache.q.clone(), cache.k.clone(), cache.v.clone()
+
+    def call():
+        tensors = (cache.q, cache.k, cache.v, cache.new_k, cache.new_v)
+        return fa4.flash_attn_with_kvcache(*tensors, **cache.arguments())
+
+    if device.type == "cuda" and (missing := how.missing_on_gpu()):
+        with pytest.raises(NotImplementedError, match=missing):
+            call()
+        for x, before in zip((cache.q, cache.k, cache.v), kept, strict=True):
+            same_bits(x, before)
+        return
+    out, lse = call()
+    assert torch.equal(cache.q, kept[0])
     same_but_for_one_rounding(cache.k, expected_k)
-    assert torch.equal(cache.v.nan_to_num(7.0), expected_v.nan_to_num(7.0))
+    same_bits(cache.v, expected_v)
     ks, vs = (cache.sequences(x, lengths) for x in (cache.k, cache.v))
+    outs, lses = cache.split_queries(out), cache.split_queries(lse, 1)
     for b in range(len(BEFORE)):
-        span = slice(b * how.tokens, (b + 1) * how.tokens)
-        got, got_lse = (out[span], lse[:, span]) if how.packed else (out[b], lse[b])
         ref = acceptance.reference(queries[b].to(how.dtype), ks[b], vs[b], how.rule, b)
-        acceptance.check(got, got_lse, ref, f"sequence {b}")
-
-
-@pytest.mark.gpu
-def test_append_is_refused_on_a_gpu_before_it_writes(fa4, device):
-    """Named, and the cache stays as it was."""
-    cache = torch.zeros(1, 8, 2, 64, dtype=BF16, device=device)
-    new = torch.ones(1, 1, 2, 64, dtype=BF16, device=device)
-    with pytest.raises(NotImplementedError, match="k, v"):
-        fa4.flash_attn_with_kvcache(new, cache, cache.clone(), new, new, cache_seqlens=0)
-    assert (cache == 0).all()
+        acceptance.check(outs[b], lses[b], ref, f"sequence {b}")
 
 
 def test_decode_step_by_step_equals_prefill(fa4):

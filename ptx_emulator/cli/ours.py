@@ -15,8 +15,11 @@ NUM_SMS = 3  # of the emulated card as the planner sees it: few, so that CTAs ta
 
 @contextmanager
 def kernels_on(emulator: Session) -> Iterator[Callable[..., None]]:
-    """`flash_attn4_cute.launch.forward(problem, tensors)` for CPU tensors, run by `emulator`."""
-    from flash_attn4_cute import compiler, launch, plan
+    """`flash_attn4_cute.launch.forward(problem, tensors)` for CPU tensors, run by `emulator`.
+
+    So is every other launch of the package, such as `append_plan.append`.
+    """
+    from flash_attn4_cute import append_plan, compiler, launch, plan
     from flash_attn4_cute.device import VARIANTS, Card
 
     variant = emulator.card.arch.replace("sm_", "sm")
@@ -28,13 +31,14 @@ def kernels_on(emulator: Session) -> Iterator[Callable[..., None]]:
         function = before[1](key)
         return lambda *args: emulator.call(function, *args)
 
-    plan.supported_card = lambda device: card
+    plan.supported_card = append_plan.supported_card = lambda device: card
     compiler.compiled = compiled  # type: ignore[assignment]
     plan.make_plan.cache_clear()
     try:
         yield launch.forward
     finally:
         plan.supported_card, compiler.compiled = before
+        append_plan.supported_card = before[0]
         plan.make_plan.cache_clear()
 
 

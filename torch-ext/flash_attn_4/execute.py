@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,13 +34,13 @@ def attend(
     problem = AttentionProblem.from_tensors(tensors, options)
     if update is not None:
         check_cache_update(update, tensors)
-        _check_appendable(problem)
-    if problem.device.type == "cpu":
-        check_values(problem, tensors)
+        _check_no_gradient(problem)
+    variant = _variant(problem)
+    variant.check(problem, tensors)
     if update is not None:
         along = not isinstance(band_of(problem.mask), Full)
-        cpu.append_kv(update, tensors, rotate_along=along)
-    return _run(problem, tensors)
+        variant.append(update, tensors, along)
+    return _run(problem, tensors, variant.forward)
 
 
 def differentiate(
@@ -62,10 +63,26 @@ def differentiate(
     return cpu.backward(problem, tensors, *gradients)
 
 
-def _run(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
-    q = tensors.q
-    device_type = problem.device.type
-    if device_type not in ("cpu", "cuda"):
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """What carries out a call on one kind of device.
+
+    `check` refuses what `forward` cannot do, before anything is written. `append` carries out an
+    update and makes the tensors ask about the result.
+    """
+
+    check: Callable[[AttentionProblem, AttentionTensors], object]
+    append: Callable[[CacheUpdate, AttentionTensors, bool], None]
+    forward: Callable[[AttentionProblem, AttentionTensors], None]
+
+
+_CPU = _Variant(check_values, cpu.append_kv, cpu.forward)
+
+
+def _variant(problem: AttentionProblem) -> _Variant:
+    if problem.device.type == "cpu":
+        return _CPU
+    if problem.device.type != "cuda":
         raise refuse(
             NotImplementedError,
             "q.device",
@@ -73,7 +90,7 @@ def _run(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, 
             "there are kernels for cpu and cuda tensors",
             "Move q, k and v to one of them",
         )
-    if device_type == "cuda" and problem.has_cache_leftpad:
+    if problem.has_cache_leftpad:
         raise refuse(
             NotImplementedError,
             "cache_leftpad",
@@ -81,7 +98,15 @@ def _run(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, 
             "left padding of the cache runs on the CPU only",
             "Shift the cache, or use a page_table",
         )
-    forward = cpu.forward if device_type == "cpu" else _cuda_forward()
+    return _cuda()
+
+
+def _run(
+    problem: AttentionProblem,
+    tensors: AttentionTensors,
+    forward: Callable[[AttentionProblem, AttentionTensors], None],
+) -> tuple[Tensor, Tensor | None]:
+    q = tensors.q
     # Packed or partly used queries may leave rows that belong to no sequence and no kernel writes.
     sparse = problem.has_seqused_q or problem.q_layout is Layout.VARLEN
     nothing_to_do = problem.batch == 0 or problem.seqlen_k == 0 or q.numel() == 0
@@ -99,15 +124,7 @@ def _run(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, 
     return tensors.out, tensors.lse
 
 
-def _check_appendable(problem: AttentionProblem) -> None:
-    if problem.device.type != "cpu":
-        raise refuse(
-            NotImplementedError,
-            "k, v",
-            f"new tokens on {problem.device}",
-            "appending to the cache and rotary embedding run on the CPU only",
-            "Write k and v into the cache before the call and count them in cache_seqlens",
-        )
+def _check_no_gradient(problem: AttentionProblem) -> None:
     if problem.requires_grad:
         raise refuse(
             NotImplementedError,
@@ -119,8 +136,8 @@ def _check_appendable(problem: AttentionProblem) -> None:
 
 
 @functools.cache
-def _cuda_forward() -> Callable[[AttentionProblem, AttentionTensors], None]:
-    """The launcher; importing it needs no cutlass, the first launch does."""
-    from .flash_attn4_cute import launch
+def _cuda() -> _Variant:
+    """The launchers; importing them needs no cutlass, the first launch does."""
+    from .flash_attn4_cute import append_plan, launch
 
-    return launch.forward
+    return _Variant(launch.check, append_plan.append, launch.forward)

@@ -1,0 +1,225 @@
+"""Calls that append to a cache, what they must leave in it, and the oracle's queries and keys."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import acceptance, inputs, oracle
+from .cases import BF16, F16, F32, Case
+from .oracle import Rule
+
+HEADS, HEADS_KV, D = 4, 2, 64
+CAPACITY = 96  # tokens a sequence's cache can hold
+BEFORE = (0, 1, 63, 64, 90, -1)  # tokens already there; -1 is a padded row of a CUDA graph
+ROWS = (3, 7, 0, 5, 1, 2)  # cache rows of the sequences, for cache_batch_idx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Append:
+    """One call that writes new tokens: the cache's layout, the tables, the mask.
+
+    `new` and `queries` are the tokens that each sequence brings; unequal ones are packed.
+    """
+
+    layout: str  # "dense", "indexed", "paged"
+    rotary: str | None  # "interleaved", "halves"
+    rotary_dim: int = D
+    rule: Rule = Rule(causal=True)
+    packed: bool = False
+    dtype: torch.dtype = BF16
+    new: tuple[int, ...] = (5,) * len(BEFORE)
+    queries: tuple[int, ...] | None = None  # None: as many as new tokens
+    page_size: int = 8
+    heads: tuple[int, int] = (HEADS, HEADS_KV)
+    d: int = D
+    d_v: int = D
+    strides: str = "contiguous"
+
+    @property
+    def num_queries(self) -> tuple[int, ...]:
+        return self.new if self.queries is None else self.queries
+
+    def missing_on_gpu(self) -> str | None:
+        """Pattern of what the GPU kernels refuse of such a call, None if they answer it."""
+        case = Case(
+            name="", layout="paged" if self.layout == "paged" else "dense", dtype=self.dtype,
+            d=self.d, d_v=self.d_v, strides=self.strides,
+        )  # fmt: skip
+        reasons = [case.missing_on_gpu()]
+        if self.layout == "indexed":
+            reasons.append("cache_batch_idx")
+        if self.layout == "paged" or self.packed:
+            reasons.append("layout")
+        return "|".join(filter(None, reasons)) or None
+
+
+class Cache:
+    """A cache that holds BEFORE tokens and NaN behind them, new tokens, queries, tables."""
+
+    def __init__(self, how: Append, device: torch.device | str = "cpu"):
+        gen = torch.Generator().manual_seed(11)
+        self.how, self.device = how, device
+        heads, heads_kv = how.heads
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=gen).to(device, how.dtype)
+
+        self.qs = [normal(n, heads, how.d) for n in how.num_queries]
+        self.new_ks = [normal(n, heads_kv, how.d) for n in how.new]
+        self.new_vs = [normal(n, heads_kv, how.d_v) for n in how.new]
+        longest = CAPACITY + max(how.num_queries) + 8
+        angle = torch.rand(longest, how.rotary_dim // 2, generator=gen) * 6.3
+        self.cos, self.sin = (x.to(device, how.dtype) for x in (angle.cos(), angle.sin()))
+        self.used = inputs.int32(BEFORE, device)
+        self.table = self.rows = None
+        if how.layout == "paged":
+            self.table = self._page_table(gen)
+        if how.layout == "indexed":
+            self.rows = inputs.int32(ROWS, device)
+        held = [[normal(max(0, n), heads_kv, d) for n in BEFORE] for d in (how.d, how.d_v)]
+        self.k, self.v = (self._place(xs) for xs in held)
+        join = inputs.pack if how.packed else inputs.stack
+        self.q, self.new_k, self.new_v = (
+            join(xs, (), how.dtype, device) for xs in (self.qs, self.new_ks, self.new_vs)
+        )
+        self._restride()
+
+    def _page_table(self, gen: torch.Generator) -> Tensor:
+        """Shuffled pages for the tokens that each sequence will hold; -1 or junk behind them."""
+        size = self.how.page_size
+        ends = [max(0, n) + m for n, m in zip(BEFORE, self.how.new, strict=True)]
+        need = [0 if n < 0 else math.ceil(end / size) for n, end in zip(BEFORE, ends, strict=True)]
+        order = torch.randperm(sum(need) + 3, generator=gen).tolist()
+        pages = [[order.pop() for _ in range(n)] for n in need]
+        return inputs.page_table(pages, max(need) + 2, torch.device(self.device))
+
+    def _place(self, held: list[Tensor]) -> Tensor:
+        how, batch = self.how, len(BEFORE)
+        if self.table is not None:
+            valid = (self.table >= 0) & (self.table != inputs.JUNK_PAGE)
+            pages = [row[ok].tolist() for row, ok in zip(self.table, valid, strict=True)]
+            return inputs.fill_pages(held, pages, int(valid.sum()) + 3, how.page_size)
+        rows = range(batch) if self.rows is None else ROWS
+        spare = 0 if self.rows is None else 2
+        store = inputs.nan_like(held[0], batch + spare, CAPACITY, *held[0].shape[1:])
+        for row, x in zip(rows, held, strict=True):
+            store[row, : len(x)] = x
+        return store
+
+    def _restride(self) -> None:
+        """Put queries, new tokens and cache where how.strides says."""
+        place = inputs.PLACEMENTS[self.how.strides]
+        self.q, self.new_k, self.new_v = place(self.q, self.new_k, self.new_v)
+        _, self.k, self.v = place(self.q, self.k, self.v)
+
+    def arguments(self) -> dict:
+        how = self.how
+        given = {"cache_seqlens": self.used, "causal": how.rule.causal, "return_lse": True}
+        given["window_size"] = how.rule.window
+        if self.table is not None:
+            given["block_table"] = self.table
+        if self.rows is not None:
+            given["cache_batch_idx"] = self.rows
+        if how.rotary:
+            given |= {"rotary_cos": self.cos, "rotary_sin": self.sin}
+            given["rotary_interleaved"] = how.rotary == "interleaved"
+        if how.packed:
+            given["cu_seqlens_q"] = inputs.cumulative(self.qs, self.device)
+            given["cu_seqlens_k_new"] = inputs.cumulative(self.new_ks, self.device)
+            given["max_seqlen_q"] = max(how.num_queries)
+        return given
+
+    def expected(self) -> tuple[Tensor, Tensor, list[Tensor], list[int]]:
+        """(k cache, v cache, queries in float64, lengths) after the call."""
+        how, queries, keys = self.how, [], []
+        layout = how.rotary == "interleaved"
+        for q, k, n in zip(self.qs, self.new_ks, BEFORE, strict=True):
+            q, k = q.double(), k.double()
+            if how.rotary and n >= 0:
+                at = oracle.query_positions(n, len(q), how.rule)
+                q = oracle.rotate(q, self.cos, self.sin, at, layout)
+                k = oracle.rotate(k, self.cos, self.sin, list(range(n, n + len(k))), layout)
+            queries.append(q)
+            keys.append(k)
+        where = {"page_table": self.table, "batch_idx": self.rows}
+        cache_k = oracle.append(self.k, keys, BEFORE, **where)
+        cache_v = oracle.append(self.v, self.new_vs, BEFORE, **where)
+        lengths = [0 if n < 0 else n + m for n, m in zip(BEFORE, how.new, strict=True)]
+        return cache_k, cache_v, queries, lengths
+
+    def sequences(self, cache: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """The tokens of each sequence in a cache laid out as this one."""
+        if self.table is not None:
+            return oracle.from_paged(cache, self.table, lengths)
+        return oracle.from_dense(cache, lengths, self.rows)
+
+    def split_queries(self, x: Tensor, dim: int = 0) -> list[Tensor]:
+        """x, with the queries of all sequences along `dim` if packed, by sequence."""
+        if self.how.packed:
+            return list(x.split(self.how.num_queries, dim))
+        return list(x)
+
+
+ROTARIES = {
+    "plain": {"rotary": None},
+    "interleaved": {"rotary": "interleaved"},
+    "halves": {"rotary": "halves"},
+    "partial": {"rotary": "halves", "rotary_dim": 32},
+}
+RAGGED = {"packed": True, "new": (0, 3, 1, 17, 6, 4), "queries": (2, 3, 0, 9, 6, 1)}
+
+
+def _appends() -> dict[str, Append]:
+    found = {
+        f"{layout}_{name}": Append(layout=layout, **rotary)
+        for layout in ("dense", "indexed", "paged")
+        for name, rotary in ROTARIES.items()
+    }
+    halves, pairs = {"rotary": "halves"}, {"rotary": "interleaved"}
+    one = (1,) * len(BEFORE)
+    return found | {
+        "packed": Append(layout="paged", packed=True, **halves),
+        "packed_dense": Append(layout="dense", packed=True, **pairs),
+        "ragged": Append(layout="paged", **halves, **RAGGED),
+        "ragged_dense": Append(layout="dense", **pairs, **RAGGED),
+        "more_queries": Append(layout="paged", queries=(7,) * len(BEFORE), **halves),
+        "full_mask": Append(layout="paged", rule=Rule(), **pairs),
+        "window": Append(layout="paged", rule=Rule(window=(20, 0)), **halves),
+        "band": Append(layout="paged", rule=Rule(window=(20, 3)), **halves),
+        "decode_page1": Append(layout="paged", new=one, page_size=1, **halves),
+        "decode_page256": Append(layout="paged", new=one, page_size=256, **halves),
+        "heads7": Append(layout="paged", heads=(7, 1), **halves),
+        "d128_96": Append(layout="dense", d=128, d_v=96, **pairs),
+        "rotary_dim20": Append(layout="dense", rotary_dim=20, **halves),
+        "rotary_dim24": Append(layout="paged", rotary_dim=24, **pairs),
+        "vllm_cache": Append(layout="paged", strides="interleaved_kv", **halves),
+        "transposed": Append(layout="dense", strides="transposed", **pairs),
+        "odd_stride": Append(layout="dense", strides="odd_stride", **halves),
+        "shifted_by_one": Append(layout="paged", strides="shifted_by_one", **pairs),
+        "fp32": Append(layout="dense", dtype=F32, **halves),
+        "fp16": Append(layout="dense", dtype=F16, **halves),
+    }
+
+
+APPENDS = _appends()
+append_params = [pytest.param(how, id=name) for name, how in APPENDS.items()]
+
+
+def same_but_for_one_rounding(ours: Tensor, truth: Tensor) -> None:
+    """NaN where nothing was written; elsewhere a neighbour in the dtype, or float32's rounding."""
+    dtype = truth.dtype
+    assert ours.shape == truth.shape and torch.equal(ours.isnan(), truth.isnan())
+    ours, truth = ours.nan_to_num().float(), truth.nan_to_num().float()
+    slip = torch.finfo(dtype).eps * truth.abs()
+    floor = acceptance.ARITHMETIC * float(truth.abs().max()) if truth.numel() else 0.0
+    assert ((ours - truth).abs() <= slip + floor).all()
+
+
+def same_bits(ours: Tensor, truth: Tensor) -> None:
+    """Equal bit for bit, NaN included."""
+    assert torch.equal(ours.isnan(), truth.isnan())
+    assert torch.equal(ours.nan_to_num(7.0), truth.nan_to_num(7.0))
