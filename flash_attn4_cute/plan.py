@@ -12,7 +12,7 @@ import torch
 from .device import FAMILIES, supported_card
 from .mask_rule import Band, Custom
 from .problem import AttentionProblem, Layout
-from .tiles import FORWARD_ROWS, TileConfig
+from .tiles import FORWARD_ROWS, MAX_HEAD_DIM, TileConfig, forward_row
 
 UNBOUNDED = 2**31 - 1
 
@@ -73,7 +73,8 @@ class Plan:
             if has
         )
         return (
-            f"kernel: mma.sync forward for {key.variant}, {key.dtype}, head_dim {cfg.head_dim}, "
+            f"kernel: mma.sync forward for {key.variant}, {key.dtype}, head_dim up to "
+            f"{cfg.head_dim} and {cfg.head_dim_v} for v, "
             f"queries {key.q_layout.value}, keys {key.kv_layout.value}\n"
             f"mask: {'band, ' + bounds if bounds else 'full'}\n"
             f"tiles: {cfg.block_m} queries x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
@@ -93,13 +94,16 @@ def make_plan(problem: AttentionProblem) -> Plan:
     card = supported_card(problem.device)
     for refusal in _refusals(problem):
         raise NotImplementedError(refusal)
+    assert card.variant is not None, "supported_card has refused the others"
+    cfg = forward_row(problem.head_dim, problem.head_dim_v)
+    assert cfg is not None, "the last row holds every head dimension that is not refused"
     left, right = (None, None)
     if isinstance(problem.mask, Band):
         left, right = problem.mask.left, problem.mask.right
     key = ForwardKey(
         variant=card.variant,
         dtype=problem.dtype,
-        cfg=FORWARD_ROWS[problem.head_dim],
+        cfg=cfg,
         rule=BandRule(left is not None, right is not None),
         q_layout=problem.q_layout,
         kv_layout=problem.kv_layout,
@@ -123,7 +127,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
 
 def forward_rows(variant: str) -> list[TileConfig]:
     """Every tile configuration that a variant can be asked for."""
-    return list(FORWARD_ROWS.values())
+    return list(FORWARD_ROWS)
 
 
 def _refusals(p: AttentionProblem):
@@ -131,11 +135,10 @@ def _refusals(p: AttentionProblem):
     on_cpu = "or pass CPU tensors"
     if p.dtype not in (torch.float16, torch.bfloat16):
         yield _refuse("dtype", p.dtype, "the GPU kernels take float16 and bfloat16", "cast q, k, v")
-    if p.head_dim not in FORWARD_ROWS:
-        dims = ", ".join(map(str, FORWARD_ROWS))
-        yield _refuse("head_dim", p.head_dim, f"the GPU kernels take {dims}", f"pad d, {on_cpu}")
-    if p.head_dim_v != p.head_dim:
-        yield _refuse("head_dim_v", p.head_dim_v, f"must equal head_dim={p.head_dim}", "pad v")
+    for name, dim in (("head_dim", p.head_dim), ("head_dim_v", p.head_dim_v)):
+        if dim % 8 or dim > MAX_HEAD_DIM:
+            rule = f"the GPU kernels take multiples of 8 up to {MAX_HEAD_DIM}"
+            yield _refuse(name, dim, rule, f"pad with zeros to a multiple of 8, {on_cpu}")
     if isinstance(p.mask, Custom):
         yield _refuse(
             "mask_mod", p.mask.mask_mod, "not on the GPU yet", f"use window_size, {on_cpu}"
@@ -150,9 +153,6 @@ def _refusals(p: AttentionProblem):
         yield _refuse(
             "page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages"
         )
-    if p.q_layout is not p.kv_layout:
-        layouts = f"queries {p.q_layout.value}, keys {p.kv_layout.value}"
-        yield _refuse("layout", layouts, "must match on the GPU", "pack both or neither")
     if p.num_splits > 1:
         yield _refuse("num_splits", p.num_splits, "split-KV is not on the GPU yet", "pass 0 or 1")
     if p.pack_gqa:

@@ -53,16 +53,18 @@ def trace_forward(key: ForwardKey) -> tuple:
     packed_q = key.q_layout is Layout.VARLEN
     packed_k = key.kv_layout is Layout.VARLEN
 
-    def tokens(packed: bool, num_heads) -> tuple:
-        shape = (cute.sym_int(), num_heads, key.cfg.head_dim)
-        return shape if packed else (batch, *shape)
+    d, d_v = cute.sym_int(divisibility=8), cute.sym_int(divisibility=8)
+    total_q, total_k = cute.sym_int(), cute.sym_int()
 
-    lse_shape = (heads, cute.sym_int()) if packed_q else (batch, heads, cute.sym_int())
+    def tokens(packed: bool, *shape) -> cute.Tensor:
+        return rows(dtype, shape if packed else (batch, *shape))
+
+    lse_shape = (heads, total_q) if packed_q else (batch, heads, total_q)
     args = ForwardArgs(
-        mQ=rows(dtype, tokens(packed_q, heads)),
-        mK=rows(dtype, tokens(packed_k, heads_kv)),
-        mV=rows(dtype, tokens(packed_k, heads_kv)),
-        mO=rows(dtype, tokens(packed_q, heads)),
+        mQ=tokens(packed_q, total_q, heads, d),
+        mK=tokens(packed_k, total_k, heads_kv, d),
+        mV=tokens(packed_k, total_k, heads_kv, d_v),
+        mO=tokens(packed_q, total_q, heads, d_v),
         mLSE=values(Float32, lse_shape, key.has_lse),
         mCuSeqlensQ=values(Int32, (cute.sym_int(),), packed_q),
         mCuSeqlensK=values(Int32, (cute.sym_int(),), packed_k),

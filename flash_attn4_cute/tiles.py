@@ -1,7 +1,8 @@
 """Tile configurations: what a kernel needs to know beyond the problem, as data.
 
 A `TileConfig` is one way to run the forward kernel of the mma.sync family. `FORWARD_ROWS` holds the
-configurations that ship, a row per head dimension, and where and when each was measured.
+configurations that ship, and where and when each was measured. A head dimension that is no row's
+own takes the narrowest row that holds it; the columns beyond it are zero and not stored.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,15 @@ class RegisterBudget:
 class TileConfig:
     """One configuration of the mma.sync forward kernel.
 
-    Each compute warp owns `rows_per_warp` query rows: two m16 tiles, so that one `ldmatrix.x4` of
-    K or V feeds four `mma.sync`. Blocks of `block_n` rows of K and of V take turns in a ring of
-    `kv_stages` slots. `stack_bytes` is the most that ptxas may spill a thread.
+    Tiles of Q and K have `head_dim` columns, those of V and O `head_dim_v`; tensors have at most
+    as many. Each compute warp owns `rows_per_warp` query rows: two m16 tiles, so that one
+    `ldmatrix.x4` of K or V feeds four `mma.sync`, or one where O would take too many registers.
+    Blocks of `block_n` rows of K and of V take turns in a ring of `kv_stages` slots, all of K's
+    width. `stack_bytes` is the most that ptxas may spill a thread.
     """
 
     head_dim: int
+    head_dim_v: int
     block_n: int
     kv_stages: int
     num_compute_warps: int = 8
@@ -52,8 +56,12 @@ class TileConfig:
 
     @property
     def swizzle_elements(self) -> int:
-        """Columns of one swizzle atom of a 16-bit type: the widest of 64, 32, 16 that divides d."""
-        return next(n for n in (64, 32, 16) if self.head_dim % n == 0)
+        """Columns of one swizzle atom of a 16-bit type: the widest of 64, 32, 16 that divides."""
+        return next(n for n in (64, 32, 16) if self.head_dim % n == self.head_dim_v % n == 0)
+
+    def holds(self, head_dim: int, head_dim_v: int) -> bool:
+        """Whether tensors of these head dimensions fit into the tiles."""
+        return head_dim <= self.head_dim and head_dim_v <= self.head_dim_v
 
     @property
     def smem_bytes(self) -> int:
@@ -63,7 +71,10 @@ class TileConfig:
 
     def check(self) -> None:
         """Assert what the kernel takes for granted; a row that fails is our bug."""
-        assert self.head_dim % 16 == 0 and self.block_n % 16 == 0 and self.rows_per_warp == 32
+        assert self.head_dim % 16 == 0 and self.block_n % 16 == 0
+        assert self.head_dim_v % 32 == 0, "the epilogue transposes four n8 tiles at a time"
+        assert self.head_dim_v <= self.head_dim, "V takes slots of K's width"
+        assert self.rows_per_warp in (16, 32)
         assert self.kv_stages >= 2, "K and V of one block are in flight together"
         assert self.num_compute_warps % WARPS_PER_GROUP == 0
         assert self.smem_bytes <= SMEM_LIMIT_SM120, f"{self} needs {self.smem_bytes} bytes"
@@ -77,15 +88,27 @@ class TileConfig:
 # One row serves every card of the family until a card is measured to want its own.
 # Measured on an H200 as sm_90a, 2026-11-21, bf16, TFLOP/s dense / causal, at b1 s8192 h32/8 (d 96
 # and 128) and b2 s8192 h32 (d 64); not yet run on sm_120 or sm_121 hardware.
-FORWARD_ROWS: dict[int, TileConfig] = {
+# d 32 and those with 16 rows a warp are not timed yet.
+FORWARD_ROWS: tuple[TileConfig, ...] = (
+    TileConfig(head_dim=32, head_dim_v=32, block_n=96, kv_stages=6),
     # 358 / 357; block_n 64, 6 slots: 345 / 342; 12 compute warps of 160 registers lost 4 %
     # ptxas spills up to 56 bytes for sm_120a and sm_121a, none with block_n 64; not timed there.
-    64: TileConfig(head_dim=64, block_n=96, kv_stages=5, stack_bytes=56),
+    TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=5, stack_bytes=56),
     # 406 / 400; block_n 80, 2 slots: 408 / 404
     # ptxas spills up to 48 bytes, outside the key loop.
-    96: TileConfig(head_dim=96, block_n=64, kv_stages=4, stack_bytes=48),
+    TileConfig(head_dim=96, head_dim_v=96, block_n=64, kv_stages=4, stack_bytes=48),
     # 432 / 416; block_n 48 lost 5 %, block_n 32 with 4 slots 14 %
     # ptxas spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators; what
     # that costs there has not been timed.
-    128: TileConfig(head_dim=128, block_n=64, kv_stages=2, stack_bytes=152),
-}
+    TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=2, stack_bytes=152),
+    # Multi-head latent attention, as prefill runs it.
+    TileConfig(head_dim=192, head_dim_v=128, block_n=64, kv_stages=2, rows_per_warp=16),
+    TileConfig(head_dim=192, head_dim_v=192, block_n=64, kv_stages=2, rows_per_warp=16),
+    TileConfig(head_dim=256, head_dim_v=256, block_n=32, kv_stages=2, rows_per_warp=16),
+)
+MAX_HEAD_DIM = max(row.head_dim for row in FORWARD_ROWS)
+
+
+def forward_row(head_dim: int, head_dim_v: int) -> TileConfig | None:
+    """The narrowest row whose tiles hold tensors of these head dimensions."""
+    return next((row for row in FORWARD_ROWS if row.holds(head_dim, head_dim_v)), None)

@@ -37,7 +37,8 @@ def keys(variant: str) -> dict[str, ForwardKey]:
     found = {}
     for cfg in forward_rows(variant):
         for name, choice in (("least", least), ("most", most), ("prefill", prefill)):
-            found[f"{variant}_d{cfg.head_dim}_{name}"] = ForwardKey(
+            dims = f"d{cfg.head_dim}" + f"_{cfg.head_dim_v}" * (cfg.head_dim_v != cfg.head_dim)
+            found[f"{variant}_{dims}_{name}"] = ForwardKey(
                 variant=variant,
                 dtype=choice["dtype"],
                 cfg=cfg,

@@ -17,9 +17,9 @@ import torch
 from flash_attn4_cute.compiler import compile_kernel
 from flash_attn4_cute.plan import BandRule, ForwardKey
 from flash_attn4_cute.problem import Layout
-from flash_attn4_cute.tiles import FORWARD_ROWS
+from flash_attn4_cute.tiles import forward_row
 key = ForwardKey(
-    variant="sm120a", dtype=torch.float16, cfg=FORWARD_ROWS[64], rule=BandRule(False, True),
+    variant="sm120a", dtype=torch.float16, cfg=forward_row(64, 64), rule=BandRule(False, True),
     q_layout=Layout.VARLEN, kv_layout=Layout.VARLEN,
     has_seqused_q=False, has_seqused_k=True, has_lse=True,
 )

@@ -112,12 +112,13 @@ def test_unsupported_gpu(fa4, card):
     ("changes", "beginning"),
     [
         ({"dtype": torch.float32}, "dtype=torch.float32"),
-        ({"head_dim": 80, "head_dim_v": 80}, "head_dim=80"),
+        ({"head_dim": 68}, "head_dim=68"),
+        ({"head_dim_v": 264}, "head_dim_v=264"),
         ({"aligned": False}, "q, k, v strides=unaligned"),
         ({"requires_grad": True}, "requires_grad=True"),
         ({"dropout_p": 0.1}, "dropout_p=0.1"),
     ],
-    ids=["float32", "head_dim", "unaligned", "requires_grad", "dropout"],
+    ids=["float32", "head_dim", "head_dim_v", "unaligned", "requires_grad", "dropout"],
 )
 def test_what_the_gpu_kernels_cannot_do(fa4, card, changes, beginning):
     """Refused by name and value, with a way out; nothing falls to another path silently."""

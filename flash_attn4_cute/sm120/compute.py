@@ -1,4 +1,4 @@
-"""The compute role: one warp owns 32 query rows and takes them from Q K^T to O.
+"""The compute role: one warp owns 32 (or 16) query rows and takes them from Q K^T to O.
 
 No compute warp waits for another: they meet only at the ring of K and V blocks. Two warps share an
 SM sub-partition, and drift apart until one runs its softmax while the other keeps the tensor core
@@ -49,7 +49,7 @@ class WarpMma:
 
     @cute.jit
     def scores(self, acc_S: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
-        """acc_S = Q K^T, Q (32, d) and K (block_n, d) both with d contiguous."""
+        """acc_S = Q K^T, Q (rows, d) and K (block_n, d) both with d contiguous."""
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
@@ -86,7 +86,7 @@ class WarpMma:
         softmax: OnlineSoftmax,
         sVt: cute.Tensor,
     ):
-        """acc_O += P V, P = exponentials of acc_S, V^T (d, block_n) read by `ldmatrix.trans`.
+        """acc_O += P V, P = exponentials of acc_S, V^T (d_v, block_n) read by `ldmatrix.trans`.
 
         The exponentials of one k16 step are issued before the products of the step before it, so
         that the two units work at the same time.
@@ -171,8 +171,9 @@ class ComputeRole:
         turn = Int32(0)
         index = self.scheduler.index(turn)
         if index < self.scheduler.num_tiles():
-            work = self.scheduler.tile(index)
-            QueryRows(self.cfg, self.sQ).fetch(args, work, cute.arch.lane_idx())
+            queries = QueryRows(self.cfg, self.sQ)
+            queries.clear(args, cute.arch.lane_idx())
+            queries.fetch(args, self.scheduler.tile(index), cute.arch.lane_idx())
         while index < self.scheduler.num_tiles():
             turn += 1
             following = self.scheduler.index(turn)
@@ -187,7 +188,7 @@ class ComputeRole:
         warp_rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) * cfg.rows_per_warp
         mma = WarpMma(cfg, self.dtype, lane)
         acc_S = mma.accumulator(cfg.block_n)
-        acc_O = mma.accumulator(cfg.head_dim)
+        acc_O = mma.accumulator(cfg.head_dim_v)
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
         queries = QueryRows(cfg, self.sQ)
         work = self.scheduler.tile(index)

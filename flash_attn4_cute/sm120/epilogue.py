@@ -65,11 +65,12 @@ class Epilogue:
 
     @cute.jit
     def _store_rows(self, mO: cute.Tensor, row: Int32, num_rows: Int32, acc_O: cute.Tensor):
-        """Copy the rows that exist to rows `row`, `row` + 1, ... of mO (rows, d)."""
+        """Copy the rows and columns that exist to rows `row`, `row` + 1, ... of mO (rows, d_v)."""
         rO = cute.make_fragment_like(acc_O, self.dtype)
         rO.store(acc_O.load().to(self.dtype))
         words = cute.recast_tensor(rO, Int32)  # ((1, 2), m, n): one word a row and n8 tile
         member = self.lane % QUAD
+        num_chunks = cute.size(mO, mode=[1]) // 8
         chunk = cute.make_rmem_tensor(QUAD, Int32)
         for m in cutlass.range_constexpr(cute.size(words, mode=[1])):
             for half in cutlass.range_constexpr(2):
@@ -78,7 +79,7 @@ class Epilogue:
                     for j in cutlass.range_constexpr(QUAD):
                         chunk[j] = words[(0, half), m, n + j]
                     transpose_quad(chunk, member)
-                    if local < num_rows:
+                    if local < num_rows and n + member < num_chunks:
                         target = cute.local_tile(mO, (1, 8), (row + local, n + member))
                         vector = cute.make_tensor(target.iterator, cute.make_layout(8))
                         cute.autovec_copy(cute.recast_tensor(chunk, self.dtype), vector)

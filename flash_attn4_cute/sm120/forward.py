@@ -6,12 +6,13 @@
                  slots freed, 8 arrivals       ^
                                                | Q, by the warp's own cp.async
 
-One CTA computes 256 query rows of one head. The load warp streams the key blocks of that tile from
-the last to the first; the eight compute warps consume them at their own pace, each waiting only for
-data. Every slot of the ring holds one block of K or of V and is released by eight arrivals, one a
-compute warp; it is filled by one arrival and its bytes. Warps fetch their own rows of Q. A CTA may
-compute several tiles one after another: the ring does not notice where one ends, and each warp goes
-on to its next rows when it is done with the present ones.
+One CTA computes 256 query rows of one head; above d 128, where O takes twice the registers a row,
+16 rows a warp and 128 in all. The load warp streams the key blocks of that tile from the last to
+the first; the eight compute warps consume them at their own pace, each waiting only for data. Every
+slot of the ring holds one block of K or of V and is released by eight arrivals, one a compute warp;
+it is filled by one arrival and its bytes. Warps fetch their own rows of Q. A CTA may compute
+several tiles one after another: the ring does not notice where one ends, and each warp goes on to
+its next rows when it is done with the present ones.
 """
 
 import cutlass
@@ -68,7 +69,11 @@ class ForwardSm120:
         return cute.tile_to_shape(atom, (rows, self.cfg.head_dim, stages), order=(0, 1, 2))
 
     def tma_load(self, mX: cute.Tensor, rows: int):
-        """The copy atom and TMA tensor that load (rows, d) blocks of mX."""
+        """The copy atom and TMA tensor that load (rows, d) blocks of mX.
+
+        Columns that mX does not have become zero: they add nothing to Q K^T, and those of O are
+        not stored.
+        """
         layout = cute.slice_(self.smem_layout(rows, 1), (None, None, 0))
         return cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(), mX, layout, (rows, self.cfg.head_dim)
@@ -115,6 +120,7 @@ class ForwardSm120:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.compute)
             sVt = cute.make_tensor(sKV.iterator, cute.select(sKV.layout, mode=[1, 0, 2]))
+            sVt = cute.local_tile(sVt, (cfg.head_dim_v, cfg.block_n, cfg.kv_stages), (0, 0, 0))
             guard_v = args.mCuSeqlensK is not None or args.mSeqUsedK is not None
             ComputeRole(
                 cfg,

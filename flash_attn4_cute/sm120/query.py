@@ -27,6 +27,18 @@ class QueryRows:
     sQ: cute.Tensor
 
     @cute.jit
+    def clear(self, args: ForwardArgs, lane: Int32):
+        """Zero the columns that Q does not have, once: K's are zero too, but 0 * NaN is NaN."""
+        num_chunks = cute.size(args.mQ, mode=[cute.rank(args.mQ) - 1]) // CHUNK
+        per_row = self.cfg.head_dim // CHUNK
+        zeros = cute.make_rmem_tensor(CHUNK, self.sQ.element_type)
+        zeros.fill(0.0)
+        for i in cutlass.range(lane, self.cfg.rows_per_warp * per_row, WARP_SIZE, unroll=1):
+            if i % per_row >= num_chunks:
+                target = cute.local_tile(self.sQ, (1, CHUNK), (i // per_row, i % per_row))
+                cute.autovec_copy(zeros, as_vector(target))
+
+    @cute.jit
     def fetch(self, args: ForwardArgs, work: WorkTile, lane: Int32):
         """Begin to copy this warp's rows of tile `work`; `wait` ends it.
 
@@ -43,14 +55,15 @@ class QueryRows:
                 mQ = cute.domain_offset((seqlen.offset_q, 0), args.mQ[None, work.head, None])
             op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
             atom = cute.make_copy_atom(op, mQ.element_type, num_bits_per_copy=128)
-            per_row = cfg.head_dim // CHUNK
+            per_row, num_chunks = cfg.head_dim // CHUNK, cute.size(mQ, mode=[1]) // CHUNK
             for i in cutlass.range_constexpr(cfg.rows_per_warp * per_row // WARP_SIZE):
                 chunk = i * WARP_SIZE + lane
                 local, column = chunk // per_row, chunk % per_row
                 source_row = cutlass.min(row + local, seqlen.seqlen_q - 1)
-                source = cute.local_tile(mQ, (1, CHUNK), (source_row, column))
-                target = cute.local_tile(self.sQ, (1, CHUNK), (local, column))
-                cute.copy(atom, as_vector(source), as_vector(target))
+                if column < num_chunks:
+                    source = cute.local_tile(mQ, (1, CHUNK), (source_row, column))
+                    target = cute.local_tile(self.sQ, (1, CHUNK), (local, column))
+                    cute.copy(atom, as_vector(source), as_vector(target))
             cute.arch.cp_async_commit_group()
 
     @cute.jit
