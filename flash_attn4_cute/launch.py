@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from . import compiler
+from .decode_plan import DecodeKey
 from .plan import Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors, is_aligned
 
@@ -38,13 +39,18 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     if out.numel() == 0:
         return
     compiler.load_cutlass()
+    if isinstance(plan.key, DecodeKey):
+        from .decode_launch import decode
+
+        decode(problem, tensors, plan)
+        return
     from .arguments import ForwardArgs
 
     args = ForwardArgs(
-        _canonical(tensors.q),
-        _canonical(tensors.k),
-        _canonical(tensors.v),
-        _canonical(out),
+        canonical(tensors.q),
+        canonical(tensors.k),
+        canonical(tensors.v),
+        canonical(out),
         tensors.lse,
         tensors.cu_seqlens_q,
         tensors.cu_seqlens_k,
@@ -59,7 +65,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     compiler.compiled(plan.key)(args)
 
 
-def _canonical(t: Tensor) -> Tensor:
+def canonical(t: Tensor) -> Tensor:
     """Give dimensions of size 1, whose stride means nothing, one that TMA accepts."""
     if all(stride % 8 == 0 for stride in t.stride()[:-1]):
         return t

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
 from .device import FAMILIES, supported_card
 from .mask_rule import Band, Custom
 from .problem import AttentionProblem, Layout
@@ -55,15 +56,26 @@ class ForwardKey:
 class Plan:
     """The answer: a kernel, and the scalars that the problem fixes."""
 
-    key: ForwardKey
+    key: ForwardKey | DecodeKey
     window_left: int
     window_right: int
-    max_ctas: int
+    max_ctas: int = UNBOUNDED
     num_splits: int = 1
 
     def explain(self) -> str:
         """What will run, for people."""
-        key, cfg = self.key, self.key.cfg
+        key = self.key
+        if isinstance(key, DecodeKey):
+            kernel = explain_decode(key)
+        else:
+            cfg = key.cfg
+            kernel = (
+                f"kernel: mma.sync forward for {key.variant}, {key.dtype}, head_dim up to "
+                f"{cfg.head_dim} and {cfg.head_dim_v} for v, "
+                f"queries {key.q_layout.value}, keys {key.kv_layout.value}\n"
+                f"tiles: {cfg.block_m} queries x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
+                f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory"
+            )
         bounds = " and ".join(
             f"{name} {value}"
             for name, value, has in (
@@ -73,12 +85,8 @@ class Plan:
             if has
         )
         return (
-            f"kernel: mma.sync forward for {key.variant}, {key.dtype}, head_dim up to "
-            f"{cfg.head_dim} and {cfg.head_dim_v} for v, "
-            f"queries {key.q_layout.value}, keys {key.kv_layout.value}\n"
+            f"{kernel}\n"
             f"mask: {'band, ' + bounds if bounds else 'full'}\n"
-            f"tiles: {cfg.block_m} queries x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
-            f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory\n"
             f"splits: {self.num_splits}\n"
             f"code: compiled at the first call of this kernel, then kept for the process"
         )
@@ -100,11 +108,22 @@ def make_plan(problem: AttentionProblem) -> Plan:
     left, right = (None, None)
     if isinstance(problem.mask, Band):
         left, right = problem.mask.left, problem.mask.right
+    # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
+    # key numbers stay far from 2^31.
+    longest = problem.seqlen_q + problem.seqlen_k
+    window = {
+        "window_left": min(left or 0, longest),
+        "window_right": min(right or 0, longest),
+    }
+    rule = BandRule(left is not None, right is not None)
+    if decodes(problem):
+        decode_key, num_splits = decode_plan(problem, rule, card)
+        return Plan(key=decode_key, num_splits=num_splits, **window)
     key = ForwardKey(
         variant=card.variant,
         dtype=problem.dtype,
         cfg=cfg,
-        rule=BandRule(left is not None, right is not None),
+        rule=rule,
         q_layout=problem.q_layout,
         kv_layout=problem.kv_layout,
         has_seqused_q=problem.has_seqused_q,
@@ -114,15 +133,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
     # One CTA fits an SM. Where all sequences are equally long, each gets its share of tiles at the
     # start; else a CTA a tile, so that the card hands out the next one wherever an SM is free.
     even = problem.q_layout is Layout.DENSE and not (problem.has_seqused_q or problem.has_seqused_k)
-    # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
-    # key numbers stay far from 2^31.
-    longest = problem.seqlen_q + problem.seqlen_k
-    return Plan(
-        key=key,
-        window_left=min(left or 0, longest),
-        window_right=min(right or 0, longest),
-        max_ctas=card.num_sms if even else UNBOUNDED,
-    )
+    return Plan(key=key, max_ctas=card.num_sms if even else UNBOUNDED, **window)
 
 
 def forward_rows(variant: str) -> list[TileConfig]:
@@ -149,14 +160,6 @@ def _refusals(p: AttentionProblem):
     if p.softmax_scale < 0:
         rule = "the GPU kernels take the maximum before they scale, so the scale must be >= 0"
         yield _refuse("softmax_scale", p.softmax_scale, rule, "negate q and the scale")
-    if p.kv_layout is Layout.PAGED:
-        yield _refuse(
-            "page_table", "a tensor", "paged K/V are not on the GPU yet", "gather the pages"
-        )
-    if p.num_splits > 1:
-        yield _refuse("num_splits", p.num_splits, "split-KV is not on the GPU yet", "pass 0 or 1")
-    if p.pack_gqa:
-        yield _refuse("pack_gqa", True, "packed GQA is not on the GPU yet", "pass None or False")
     if p.requires_grad:
         rule = "there is no backward pass on the GPU yet"
         yield _refuse("requires_grad", True, rule, f"call under torch.no_grad(), {on_cpu}")
@@ -166,7 +169,6 @@ def _refusals(p: AttentionProblem):
         "alibi_slopes": (p.has_alibi, False),
         "score_mod": (p.score_mod, None),
         "dropout_p": (p.dropout_p, 0.0),
-        "cache_batch_idx": (p.has_kv_batch_idx, False),
         "cache_leftpad": (p.has_cache_leftpad, False),
     }
     for name, (value, off) in unsupported.items():

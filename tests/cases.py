@@ -6,6 +6,7 @@ that a family is there for (FA = Dao-AILab/flash-attention, cfe = NVIDIA/cudnn-f
 flashinfer, sgl = sglang, TE = TransformerEngine).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -68,18 +69,26 @@ class Case:
     def kernel_key(self) -> tuple:
         """What one compiled GPU kernel is made for."""
         used = (self.used_q is not None, self.used_k is not None)
-        return (self.dtype, self.d, self.bounds, self.layout, used, self.return_lse)
+        own = (self.dtype, self.d, self.bounds, self.layout, used, self.return_lse)
+        if not self.decodes:
+            return own
+        box = None if self.page_size is None else math.gcd(self.page_size, 64)
+        rows = max(self.seqlens_q) * self.heads // self.heads_kv
+        return (*own, self.num_splits > 1, box, rows > 16)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the GPU's decode kernel answers; it takes every head dimension here."""
+        return self.num_splits > 1 or self.layout.startswith("paged")
 
     def missing_on_gpu(self) -> str | None:
         """Pattern of the arguments that the GPU kernels refuse, None if they answer this case."""
         reasons = (
             (self.dtype not in HALF_DTYPES, "dtype"),
-            (self.layout.startswith("paged"), "page_table|block_table"),
             (self.softcap != 0, "softcap"),
             (self.sink, "s_aux|sink"),
             (self.alibi is not None, "alibi_slopes"),
             (any(n % 8 or n > 256 for n in (self.d, self.d_v or self.d)), "head_dim"),
-            (self.num_splits > 1, "num_splits"),
             ((self.softmax_scale or 0) < 0, "softmax_scale"),
             (self.strides in UNALIGNED_STRIDES, "stride|align"),
         )

@@ -26,13 +26,6 @@ def test_page_sizes_and_tables(fa4, device, case):
     harness.verify(fa4, case, device)
 
 
-def refused_on_gpu(device: torch.device, argument: str):
-    """What a GPU kernel lacks is refused by name; used as a context around the call."""
-    if device.type == "cuda":
-        return pytest.raises(NotImplementedError, match=argument)
-    return None
-
-
 def test_pages_shared_between_sequences(fa4, device):
     """Two sequences with a common prefix read the same pages; tables need not ascend."""
     gen = torch.Generator().manual_seed(0)
@@ -48,10 +41,6 @@ def test_pages_shared_between_sequences(fa4, device):
             q, pages_k, pages_v, cache_seqlens=lengths, block_table=table, causal=True
         )
 
-    if refused := refused_on_gpu(device, "page_table|block_table"):
-        with refused:
-            call()
-        return
     out = call()
     ks, vs = (oracle.from_paged(x, table, lengths) for x in (pages_k, pages_v))
     for b in range(2):
@@ -107,10 +96,6 @@ def test_cache_batch_idx_chooses_rows(fa4, device):
             q, cache_k, cache_v, cache_seqlens=lengths, cache_batch_idx=rows, causal=True
         )
 
-    if refused := refused_on_gpu(device, "cache_batch_idx"):
-        with refused:
-            call()
-        return
     out = call()
     ks, vs = (oracle.from_dense(x, lengths, rows) for x in (cache_k, cache_v))
     for b in range(4):

@@ -21,13 +21,17 @@ class SeqlenInfo:
     @staticmethod
     @cute.jit
     def of(args: ForwardArgs, batch: Int32) -> "SeqlenInfo":
-        offset_q, seqlen_q = _extent(args.mQ, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
-        offset_k, seqlen_k = _extent(args.mK, args.mCuSeqlensK, args.mSeqUsedK, batch)
+        offset_q, seqlen_q = extent(args.mQ, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
+        offset_k, seqlen_k = extent(args.mK, args.mCuSeqlensK, args.mSeqUsedK, batch)
+        mPageTable = getattr(args, "mPageTable", None)
+        if const_expr(mPageTable is not None and args.mSeqUsedK is None):
+            seqlen_k = Int32(cute.size(mPageTable, mode=[1]) * cute.size(args.mK, mode=[1]))
         return SeqlenInfo(offset_q, offset_k, seqlen_q, seqlen_k)
 
 
 @cute.jit
-def _extent(mX: cute.Tensor, mCuSeqlens, mSeqUsed, batch: Int32):
+def extent(mX: cute.Tensor, mCuSeqlens, mSeqUsed, batch: Int32):
+    """(first row, number of rows) of sequence `batch` in mX."""
     offset = Int32(0)
     if const_expr(mCuSeqlens is not None):
         offset = mCuSeqlens[batch]

@@ -1,0 +1,180 @@
+"""Merges partial attention results over disjoint sets of keys; for every architecture.
+
+With the results O_i and LSE_i of part i, and LSE = log sum_i exp(LSE_i),
+
+    O = sum_i exp(LSE_i - LSE) O_i
+
+(Rabe and Staats 2021, section 2), summed in the order of the parts, so that a result repeats bit
+for bit. One warp merges one row. It reads LSE_i of all parts first, a part a lane, and then O_i up
+to the last part that has keys.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from .common.seqlen import extent
+from .common.softmax import LOG2_E
+from .decode_arguments import CombineArgs
+from .tiles import WARP_SIZE
+
+MAX_PARTS = 256
+LOAD_ELEMENTS = 4  # 16 bytes of float32 a lane
+WARPS = 4
+PARTS_IN_FLIGHT = 8
+
+
+@dataclass(frozen=True)
+class PartWeights:
+    """exp(LSE_i - LSE) of the parts of one row, in shared memory of the warp."""
+
+    sWeights: cute.Tensor
+    end: Int32  # no part from here on has keys
+    lse: Float32  # -inf without keys
+
+    @staticmethod
+    @cute.jit
+    def of(mLSE: cute.Tensor, sWeights: cute.Tensor, lane: Int32) -> "PartWeights":
+        """From the LSE of the parts, MAX_PARTS at most."""
+        num_parts = cute.size(mLSE)
+        slots = MAX_PARTS // WARP_SIZE
+        weights = cute.make_rmem_tensor(slots, Float32)
+        weights.fill(-Float32.inf)
+        largest, end = -Float32.inf, Int32(0)
+        for i in cutlass.range_constexpr(slots):
+            part = lane + WARP_SIZE * i
+            if part < num_parts:
+                value = Float32(mLSE[part])
+                # +inf is how FlashAttention-2 marks a row without keys.
+                value = -Float32.inf if value == Float32.inf else value
+                weights[i] = value
+                largest = cute.arch.fmax(largest, value)
+                end = end if value == -Float32.inf else part + 1
+        for step in cutlass.range_constexpr(5):
+            largest = cute.arch.fmax(
+                largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << step)
+            )
+            end = cutlass.max(end, cute.arch.shuffle_sync_bfly(end, offset=1 << step))
+        total = Float32(0.0)
+        for i in cutlass.range_constexpr(slots):
+            # -inf - -inf is NaN
+            lag = 0.0 if largest == -Float32.inf else largest
+            weights[i] = cute.math.exp2((weights[i] - lag) * LOG2_E, fastmath=True)
+            total += weights[i]
+        for step in cutlass.range_constexpr(5):
+            total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+        inverse = 0.0 if total == 0.0 else 1.0 / total
+        for i in cutlass.range_constexpr(slots):
+            sWeights[lane + WARP_SIZE * i] = weights[i] * inverse
+        cute.arch.sync_warp()
+        lse = largest + cute.math.log2(total) / LOG2_E
+        return PartWeights(sWeights, end, -Float32.inf if total == 0.0 else lse)
+
+
+class CombineKernel:
+    """The merge of results of head dimension `head_dim`.
+
+    `after_splits`: the parts come from the kernel launched just before on the same stream, which
+    lets this one start while it ends (programmatic dependent launch).
+    """
+
+    def __init__(self, head_dim: int, after_splits: bool):
+        assert head_dim % LOAD_ELEMENTS == 0
+        self.head_dim, self.after_splits = head_dim, after_splits
+
+    @property
+    def vectors_per_lane(self) -> int:
+        return -(-self.head_dim // (LOAD_ELEMENTS * WARP_SIZE))
+
+    @cute.jit
+    def __call__(self, args: CombineArgs, stream):
+        mO = args.mO
+        num_batch = Int32(1)
+        if const_expr(args.mCuSeqlensQ is not None):
+            num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
+        elif const_expr(cute.rank(mO) == 4):
+            num_batch = cute.size(mO, mode=[0])
+        num_rows = args.max_seqlen_q * cute.size(mO, mode=[cute.rank(mO) - 2])
+        self.kernel(args).launch(
+            grid=[Int32(cute.ceil_div(num_rows, WARPS)) * num_batch, 1, 1],
+            block=[WARPS * WARP_SIZE, 1, 1],
+            stream=stream,
+            use_pdl=self.after_splits,
+        )
+
+    @cute.kernel
+    def kernel(self, args: CombineArgs):
+        smem = cutlass.memory.SmemAllocator()
+        weights = cute.make_layout((WARPS, MAX_PARTS), stride=(MAX_PARTS, 1))
+        sWeights = smem.allocate_tensor(Float32, weights, 16)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        index, _, _ = cute.arch.block_idx()
+        num_heads = cute.size(args.mO, mode=[cute.rank(args.mO) - 2])
+        num_blocks = cute.ceil_div(args.max_seqlen_q * num_heads, WARPS)
+        batch = index // num_blocks
+        row = index % num_blocks * WARPS + warp
+        offset, seqlen = Int32(0), args.max_seqlen_q
+        if const_expr(args.mCuSeqlensQ is not None or args.mSeqUsedQ is not None):
+            offset, seqlen = extent(args.mO, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
+        if const_expr(self.after_splits):
+            cute.arch.griddepcontrol_wait()
+        if row < seqlen * num_heads:
+            token, head = offset + row // num_heads, row % num_heads
+            self.merge_row(args, (batch, token, head), sWeights[warp, None])
+
+    @cute.jit
+    def merge_row(self, args: CombineArgs, place, sWeights: cute.Tensor):
+        """One row: `place` is (batch, token in memory, head)."""
+        batch, token, head = place
+        lane = cute.arch.lane_idx()
+        if const_expr(cute.rank(args.mO) == 4):
+            parts_O = args.mOPartial[None, batch, token, head, None]
+            parts_LSE = args.mLSEPartial[None, batch, head, token]
+            mO = args.mO[batch, token, head, None]
+        else:
+            parts_O = args.mOPartial[None, token, head, None]
+            parts_LSE = args.mLSEPartial[None, head, token]
+            mO = args.mO[token, head, None]
+        found = PartWeights.of(parts_LSE, sWeights, lane)
+        # Two questions: one is answered at trace time, one at run time.
+        if const_expr(args.mLSE is not None):  # noqa: SIM102
+            if lane == 0:
+                self.store_lse(args.mLSE, place, found.lse)
+        for i in cutlass.range_constexpr(self.vectors_per_lane):
+            column = lane + WARP_SIZE * i
+            self.merge_columns(parts_O, mO, found, column)
+
+    @cute.jit
+    def store_lse(self, mLSE: cute.Tensor, place, lse: Float32):
+        batch, token, head = place
+        if const_expr(cute.rank(mLSE) == 3):
+            mLSE[batch, head, token] = lse
+        else:
+            mLSE[head, token] = lse
+
+    @cute.jit
+    def merge_columns(
+        self, parts_O: cute.Tensor, mO: cute.Tensor, found: PartWeights, column: Int32
+    ):
+        """LOAD_ELEMENTS columns a lane, from `column` times as many on."""
+        inside = column < self.head_dim // LOAD_ELEMENTS
+        total = cute.make_rmem_tensor(LOAD_ELEMENTS, Float32)
+        total.fill(0.0)
+        # Lanes beyond the row read its first columns again: one path, loads issued ahead.
+        source_column = column if inside else 0
+        for part in cutlass.range(found.end, unroll=PARTS_IN_FLIGHT):
+            weight = found.sWeights[part]
+            value = cute.make_rmem_tensor(LOAD_ELEMENTS, parts_O.element_type)
+            source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (source_column,))
+            cute.autovec_copy(source, value)
+            # What a part without keys holds may be NaN.
+            for c in cutlass.range_constexpr(LOAD_ELEMENTS):
+                term = Float32(value[c]) * weight
+                total[c] = total[c] + (0.0 if weight == 0.0 else term)
+        if inside:
+            out = cute.make_fragment_like(total, mO.element_type)
+            out.store(total.load().to(mO.element_type))
+            target = cute.local_tile(mO, (LOAD_ELEMENTS,), (column,))
+            cute.autovec_copy(out, target)

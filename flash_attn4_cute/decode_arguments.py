@@ -1,0 +1,53 @@
+"""Bundles of tensors and scalars that travel into the decode and combine kernels.
+
+Named tuples for the reason given in `arguments`.
+"""
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+
+class DecodeArgs(NamedTuple):
+    """Run-time arguments of one decode launch.
+
+    `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d), (total_k, h_k, d) or
+    (pages, page_size, h_k, d); `mLSE` (b, h, sq) or (h, total_q). With `mWorkspace`, float32 of
+    `num_splits` times as many values as mO and mLSE have, keys are split.
+    """
+
+    mQ: cute.Tensor
+    mK: cute.Tensor
+    mV: cute.Tensor
+    mO: cute.Tensor
+    mLSE: cute.Tensor | None
+    mWorkspace: cute.Tensor | None
+    mCuSeqlensQ: cute.Tensor | None
+    mCuSeqlensK: cute.Tensor | None
+    mSeqUsedQ: cute.Tensor | None
+    mSeqUsedK: cute.Tensor | None
+    mPageTable: cute.Tensor | None
+    mKvBatchIdx: cute.Tensor | None
+    softmax_scale: Float32
+    window_left: Int32
+    window_right: Int32
+    max_seqlen_q: Int32
+    num_splits: Int32
+
+
+class CombineArgs(NamedTuple):
+    """Run-time arguments of one merge of partial results.
+
+    `mOPartial` (parts, b, sq, h, d) or (parts, total_q, h, d), `mLSEPartial` (parts, b, h, sq) or
+    (parts, h, total_q), float32; `mO` and `mLSE` without the parts. A part whose LSE is not finite
+    is not read. With `mCuSeqlensQ` or `mSeqUsedQ`, only rows that belong to a sequence are written.
+    """
+
+    mOPartial: cute.Tensor
+    mLSEPartial: cute.Tensor
+    mO: cute.Tensor
+    mLSE: cute.Tensor | None
+    mCuSeqlensQ: cute.Tensor | None
+    mSeqUsedQ: cute.Tensor | None
+    max_seqlen_q: Int32

@@ -1,0 +1,47 @@
+"""Launches the decode kernel on the tensors of one call."""
+
+import torch
+
+from . import compiler
+from .decode_plan import DecodeKey
+from .launch import SMALLEST_SCALE, canonical
+from .plan import Plan
+from .problem import AttentionProblem, AttentionTensors
+
+
+def new_workspace(size: int, device: torch.device) -> torch.Tensor:
+    """Float32 memory for partial results; it comes with whatever it held."""
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
+    """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names.
+
+    The workspace of split keys comes from
+    PyTorch's allocator, so that a CUDA graph owns its own.
+    """
+    from .decode_arguments import DecodeArgs
+
+    key, out = plan.key, tensors.out
+    assert isinstance(key, DecodeKey) and out is not None
+    values = out.numel() + out.numel() // problem.head_dim_v
+    args = DecodeArgs(
+        canonical(tensors.q),
+        canonical(tensors.k),
+        canonical(tensors.v),
+        canonical(out),
+        tensors.lse,
+        new_workspace(plan.num_splits * values, out.device) if key.is_split else None,
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.seqused_q,
+        tensors.seqused_k,
+        tensors.page_table,
+        tensors.kv_batch_idx,
+        max(problem.softmax_scale, SMALLEST_SCALE),
+        plan.window_left,
+        plan.window_right,
+        problem.seqlen_q,
+        plan.num_splits,
+    )
+    compiler.compiled(key)(args)

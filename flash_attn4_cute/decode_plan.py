@@ -1,0 +1,137 @@
+"""Which decode kernel answers a problem, and with how many splits."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .decode_tiles import DECODE_ROWS, DecodeConfig
+from .device import FAMILIES, Card
+from .problem import AttentionProblem, Layout
+from .splits import MAX_SPLITS, choose_splits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeKey:
+    """Everything that a compiled decode kernel depends on; with splits, its combine is in it.
+
+    Of the page size only `box_n`, what it has in common with a block of keys, is compiled in.
+    """
+
+    variant: str
+    dtype: torch.dtype
+    cfg: DecodeConfig
+    head_dim: int
+    head_dim_v: int
+    rule: Any
+    q_layout: Layout
+    kv_layout: Layout
+    box_n: int | None
+    is_split: bool
+    has_seqused_q: bool
+    has_seqused_k: bool
+    has_kv_batch_idx: bool
+    has_lse: bool
+
+    @property
+    def family(self) -> str:
+        """The kernels' architecture family."""
+        return FAMILIES[self.variant]
+
+    def trace(self) -> tuple:
+        """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
+        from .decode_signature import trace_decode
+
+        return trace_decode(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineKey:
+    """Everything that a compiled combine kernel depends on.
+
+    `packed`: rows are (total, h, d), not (b, s, h, d).
+    """
+
+    variant: str
+    part_dtype: torch.dtype
+    dtype: torch.dtype
+    head_dim: int
+    packed: bool
+
+    def trace(self) -> tuple:
+        """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
+        from .decode_signature import trace_combine
+
+        return trace_combine(self)
+
+
+# Packed query rows up to which the decode kernel answers; beyond, the forward kernel reads K and V
+# less often. Not yet measured.
+MAX_PACKED_ROWS = 128
+
+
+def decodes(p: AttentionProblem) -> bool:
+    """Whether the decode kernel answers `p`: few rows, or what no other kernel does.
+
+    num_splits=1 asks for results that do not depend on the number of queries, so for one kernel.
+    """
+    asked = p.num_splits > 1 or p.pack_gqa or p.has_kv_batch_idx or p.kv_layout is Layout.PAGED
+    return bool(asked) or (p.num_splits == 0 and packed_rows(p) <= MAX_PACKED_ROWS)
+
+
+def packed_rows(p: AttentionProblem) -> int:
+    """Query rows that share a key head in the longest sequence."""
+    return p.seqlen_q * (p.num_heads // p.num_heads_kv)
+
+
+def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, int]:
+    """The decode kernel for `p`, and the number of splits."""
+    assert card.variant is not None, "the card is supported"
+    rows = packed_rows(p)
+    cfg = choose_config(p)
+    num_splits = min(p.num_splits, MAX_SPLITS)
+    if num_splits == 0:
+        tiles = p.batch * p.num_heads_kv * -(-rows // cfg.rows)
+        num_splits = choose_splits(tiles, -(-p.seqlen_k // cfg.block_n), card.num_sms)
+    key = DecodeKey(
+        variant=card.variant,
+        dtype=p.dtype,
+        cfg=cfg,
+        head_dim=p.head_dim,
+        head_dim_v=p.head_dim_v,
+        rule=rule,
+        q_layout=p.q_layout,
+        kv_layout=p.kv_layout,
+        box_n=None if p.page_size is None else math.gcd(p.page_size, cfg.block_n),
+        is_split=num_splits > 1,
+        has_seqused_q=p.has_seqused_q,
+        has_seqused_k=p.has_seqused_k,
+        has_kv_batch_idx=p.has_kv_batch_idx,
+        has_lse=p.return_lse,
+    )
+    return key, num_splits
+
+
+def choose_config(p: AttentionProblem) -> DecodeConfig:
+    """The narrowest rows of the table that hold the head dimensions, in the fewest row tiles."""
+    odd_box = p.page_size is not None and p.page_size % 2 == 1
+    configs = next(
+        configs
+        for width, configs in DECODE_ROWS.items()
+        # Rows of 64 bytes begin at a multiple of 128 only every second time: see common.kv.
+        if width >= max(p.head_dim, p.head_dim_v) and not (odd_box and width % 64)
+    )
+    return next((cfg for cfg in configs if cfg.rows >= packed_rows(p)), configs[-1])
+
+
+def explain_decode(key: DecodeKey) -> str:
+    """The kernel and its tiles, for people."""
+    cfg = key.cfg
+    pages = f" in boxes of {key.box_n}" if key.box_n else ""
+    return (
+        f"kernel: mma.sync decode for {key.variant}, {key.dtype}, head_dim {key.head_dim}, "
+        f"queries {key.q_layout.value}, keys {key.kv_layout.value}{pages}\n"
+        f"tiles: {cfg.rows} packed rows x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
+        f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory"
+    )

@@ -1,0 +1,68 @@
+"""Stand-ins for the arguments of decode and combine launches; see `signature`."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+
+from .combine import CombineKernel
+from .decode_arguments import CombineArgs, DecodeArgs
+from .decode_plan import CombineKey, DecodeKey
+from .problem import Layout
+from .signature import NUMERIC, rows, values
+from .sm120.decode import DecodeSm120
+
+DECODE = {"sm120": DecodeSm120}
+
+
+def trace_decode(key: DecodeKey) -> tuple:
+    """The decode kernel for `key`, and a DecodeArgs that stands for its launches'."""
+    dtype, d, d_v = NUMERIC[key.dtype], key.head_dim, key.head_dim_v
+    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    packed_q = key.q_layout is Layout.VARLEN
+    kv_lead = {
+        Layout.DENSE: (cute.sym_int() if key.has_kv_batch_idx else batch, cute.sym_int()),
+        Layout.VARLEN: (cute.sym_int(),),
+        Layout.PAGED: (cute.sym_int(), cute.sym_int(divisibility=key.box_n or 1)),
+    }[key.kv_layout]
+    q_shape = (cute.sym_int(), heads, d) if packed_q else (batch, cute.sym_int(), heads, d)
+    lse_shape = (heads, cute.sym_int()) if packed_q else (batch, heads, cute.sym_int())
+    per_sequence, starts = (cute.sym_int(),), (cute.sym_int(),)
+    args = DecodeArgs(
+        mQ=rows(dtype, q_shape),
+        mK=rows(dtype, (*kv_lead, heads_kv, d)),
+        mV=rows(dtype, (*kv_lead, heads_kv, d_v)),
+        mO=rows(dtype, (*q_shape[:-1], d_v)),
+        mLSE=values(Float32, lse_shape, key.has_lse),
+        mWorkspace=rows(Float32, (cute.sym_int64(),), key.is_split),
+        mCuSeqlensQ=values(Int32, starts, packed_q),
+        mCuSeqlensK=values(Int32, starts, key.kv_layout is Layout.VARLEN),
+        mSeqUsedQ=values(Int32, per_sequence, key.has_seqused_q),
+        mSeqUsedK=values(Int32, per_sequence, key.has_seqused_k),
+        mPageTable=values(
+            Int32, (cute.sym_int(), cute.sym_int()), key.kv_layout is Layout.PAGED
+        ),
+        mKvBatchIdx=values(Int32, per_sequence, key.has_kv_batch_idx),
+        softmax_scale=Float32(1.0),
+        window_left=Int32(0),
+        window_right=Int32(0),
+        max_seqlen_q=Int32(0),
+        num_splits=Int32(1),
+    )  # fmt: skip
+    return DECODE[key.family](dtype, key.cfg, key.rule, key.box_n), (args,)
+
+
+def trace_combine(key: CombineKey) -> tuple:
+    """The combine kernel for `key`, and a CombineArgs that stands for its launches'."""
+    part, out = NUMERIC[key.part_dtype], NUMERIC[key.dtype]
+    parts, heads = cute.sym_int(), cute.sym_int()
+    lead = (cute.sym_int(),) if key.packed else (cute.sym_int(), cute.sym_int())
+    lse_lead = (*lead[:-1], heads, lead[-1])
+    args = CombineArgs(
+        mOPartial=rows(part, (parts, *lead, heads, key.head_dim)),
+        mLSEPartial=values(Float32, (parts, *lse_lead)),
+        mO=rows(out, (*lead, heads, key.head_dim)),
+        mLSE=values(Float32, lse_lead),
+        mCuSeqlensQ=None,
+        mSeqUsedQ=None,
+        max_seqlen_q=Int32(0),
+    )
+    return CombineKernel(key.head_dim, after_splits=False), (args,)

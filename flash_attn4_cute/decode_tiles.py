@@ -1,0 +1,85 @@
+"""Tile configurations of the decode kernel, as data."""
+
+from dataclasses import dataclass
+
+from .tiles import BARRIER_BYTES, SMEM_LIMIT_SM120, WARP_SIZE
+
+M_ATOM = 16  # rows of one mma.sync.m16n8k16
+STATS_BYTES_A_ROW = 8  # a warp's maximum and sum of one row, float32
+STAGING_PAD = 8  # floats between rows of staged O, so that pairs of columns meet no bank twice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """One configuration of the mma.sync decode kernel.
+
+    A CTA holds `rows` packed query rows: those of one key head, token after token, the heads of its
+    group side by side. Every compute warp holds all of them and owns `block_n / num_compute_warps`
+    keys of each block, so each byte of K and V is read from shared memory once. `ctas_per_sm` is
+    what registers and shared memory are cut for on a card with room.
+    """
+
+    head_dim: int
+    rows: int
+    block_n: int
+    kv_stages: int
+    ctas_per_sm: int
+    num_compute_warps: int = 4
+    stack_bytes: int = 0
+
+    @property
+    def keys_per_warp(self) -> int:
+        return self.block_n // self.num_compute_warps
+
+    @property
+    def num_threads(self) -> int:
+        return (self.num_compute_warps + 1) * WARP_SIZE
+
+    @property
+    def load_warp(self) -> int:
+        return self.num_compute_warps
+
+    @property
+    def swizzle_elements(self) -> int:
+        """Columns of one swizzle atom of a 16-bit type: the widest of 64, 32, 16 that divides d."""
+        return next(n for n in (64, 32, 16) if self.head_dim % n == 0)
+
+    @property
+    def ring_bytes(self) -> int:
+        return 2 * self.head_dim * self.block_n * self.kv_stages
+
+    @property
+    def staging_bytes(self) -> int:
+        """O of every warp in float32; it lies where the ring was."""
+        return 4 * self.num_compute_warps * self.rows * (self.head_dim + STAGING_PAD)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one CTA: the ring, the warps' row statistics, the barriers."""
+        stats = STATS_BYTES_A_ROW * self.num_compute_warps * self.rows
+        return self.ring_bytes + stats + BARRIER_BYTES
+
+    def check(self) -> None:
+        """Assert what the kernel takes for granted; a row that fails is our bug."""
+        assert self.rows % M_ATOM == 0 and self.head_dim % 16 == 0
+        assert self.keys_per_warp % 16 == 0, "P is an operand of 16 keys"
+        assert self.kv_stages >= 2, "K and V of one block are in flight together"
+        assert self.staging_bytes <= self.ring_bytes, f"{self} has no room to merge the warps"
+        assert self.smem_bytes <= SMEM_LIMIT_SM120, f"{self} needs {self.smem_bytes} bytes"
+
+
+def _row(head_dim: int, rows: int, kv_stages: int, ctas_per_sm: int) -> DecodeConfig:
+    return DecodeConfig(
+        head_dim=head_dim, rows=rows, block_n=64, kv_stages=kv_stages, ctas_per_sm=ctas_per_sm
+    )
+
+
+# By head dimension, which serves smaller ones too: the configurations, fewest rows first. As many
+# bytes in flight as 99 KB allow; 32 rows while O fits the registers. Not yet measured.
+DECODE_ROWS: dict[int, tuple[DecodeConfig, ...]] = {
+    64: (_row(64, 16, 10, 2), _row(64, 32, 10, 2)),
+    96: (_row(96, 16, 7, 2), _row(96, 32, 7, 1)),
+    128: (_row(128, 16, 5, 2), _row(128, 32, 5, 1)),
+    192: (_row(192, 16, 4, 1),),
+    256: (_row(256, 16, 3, 1),),
+}

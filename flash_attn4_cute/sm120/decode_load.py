@@ -1,0 +1,33 @@
+"""The load role of the decode kernel: one warp issues every TMA copy of the CTA."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+
+from .decode_work import DecodeWork
+
+
+@dataclass(frozen=True)
+class DecodeLoadRole:
+    """Feeds the ring with blocks of K and V, from the last of this CTA's share to the first."""
+
+    k: Any  # DenseKv or PagedKv
+    v: Any
+    kv_ring: Any
+    work: DecodeWork
+
+    @cute.jit
+    def run(self):
+        kv_ring = self.kv_ring
+        pages = self.k.look_up(self.work.hi - 1)
+        for i in cutlass.range(self.work.hi - self.work.lo, unroll=1):
+            block = self.work.hi - 1 - i
+            # One block ahead: the table is read while the ring is full.
+            next_pages = self.k.look_up(block - 1)
+            slot = kv_ring.acquire_and_advance()
+            self.k.copy(block, slot.index, slot.barrier, pages)
+            slot = kv_ring.acquire_and_advance()
+            self.v.copy(block, slot.index, slot.barrier, pages)
+            pages.store(next_pages.load())
