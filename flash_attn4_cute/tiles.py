@@ -30,7 +30,8 @@ class TileConfig:
     as many. Each compute warp owns `rows_per_warp` query rows: two m16 tiles, so that one
     `ldmatrix.x4` of K or V feeds four `mma.sync`, or one where O would take too many registers.
     Blocks of `block_n` rows of K and of V take turns in a ring of `kv_stages` slots, all of K's
-    width. `stack_bytes` is the most that ptxas may spill a thread.
+    width. Q stays in registers if `q_in_registers`, else `ldmatrix` brings it once a block.
+    `stack_bytes` is the most that ptxas may spill a thread.
     """
 
     head_dim: int
@@ -39,6 +40,7 @@ class TileConfig:
     kv_stages: int
     num_compute_warps: int = 8
     rows_per_warp: int = 32
+    q_in_registers: bool = False
     registers: RegisterBudget = RegisterBudget(load=24, compute=240)
     stack_bytes: int = 0
 
@@ -94,17 +96,23 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
     # 358 / 357; block_n 64, 6 slots: 345 / 342; 12 compute warps of 160 registers lost 4 %
     # ptxas spills up to 56 bytes for sm_120a and sm_121a, none with block_n 64; not timed there.
     TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=5, stack_bytes=56),
-    # 406 / 400; block_n 80, 2 slots: 408 / 404
-    # ptxas spills up to 48 bytes, outside the key loop.
-    TileConfig(head_dim=96, head_dim_v=96, block_n=64, kv_stages=4, stack_bytes=48),
+    # 416 dense; block_n 64, 4 slots: 393; block_n 48, 5 slots: 397
+    # ptxas spills up to 80 bytes, outside the key loop.
+    TileConfig(head_dim=96, head_dim_v=96, block_n=80, kv_stages=2, stack_bytes=80),
     # 432 / 416; block_n 48 lost 5 %, block_n 32 with 4 slots 14 %
     # ptxas spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators; what
     # that costs there has not been timed.
     TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=2, stack_bytes=152),
     # Multi-head latent attention, as prefill runs it.
-    TileConfig(head_dim=192, head_dim_v=128, block_n=64, kv_stages=2, rows_per_warp=16),
-    TileConfig(head_dim=192, head_dim_v=192, block_n=64, kv_stages=2, rows_per_warp=16),
-    TileConfig(head_dim=256, head_dim_v=256, block_n=32, kv_stages=2, rows_per_warp=16),
+    TileConfig(
+        head_dim=192, head_dim_v=128, block_n=64, kv_stages=2, rows_per_warp=16, q_in_registers=True
+    ),
+    TileConfig(
+        head_dim=192, head_dim_v=192, block_n=64, kv_stages=2, rows_per_warp=16, q_in_registers=True
+    ),
+    TileConfig(
+        head_dim=256, head_dim_v=256, block_n=32, kv_stages=2, rows_per_warp=16, q_in_registers=True
+    ),
 )
 MAX_HEAD_DIM = max(row.head_dim for row in FORWARD_ROWS)
 

@@ -47,33 +47,46 @@ class WarpMma:
         cS = cute.make_identity_tensor((self.cfg.rows_per_warp, self.cfg.block_n))
         return rows_and_columns(self.tiled_mma().get_slice(lane).partition_C(cS))
 
+    def query_fragment(self, sQ: cute.Tensor) -> cute.Tensor:
+        """Registers for the A operand Q (rows, d), all k16 steps of it."""
+        thr_mma = self.tiled_mma().get_slice(self.lane)
+        return thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
+
     @cute.jit
-    def scores(self, acc_S: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
+    def load_queries(self, tSrQ: cute.Tensor, sQ: cute.Tensor, step: Constexpr[int]):
+        """Bring one k16 step of Q into its registers."""
+        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
+        copy_Q = cute.make_tiled_copy_A(atom, self.tiled_mma())
+        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
+        rQ = copy_Q.retile(tSrQ)
+        cute.copy(copy_Q, tSsQ[None, None, step], rQ[None, None, step])
+
+    @cute.jit
+    def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
         """acc_S = Q K^T, Q (rows, d) and K (block_n, d) both with d contiguous."""
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
         atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_Q = cute.make_tiled_copy_A(atom, tiled_mma)
         copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
-        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
         tSsK = copy_K.get_slice(self.lane).partition_S(sK)
-        tSrQ = thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
         tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
-        rQ, rK = copy_Q.retile(tSrQ), copy_K.retile(tSrK)
+        rK = copy_K.retile(tSrK)
         # One ldmatrix.x4 brings a pair of n8 tiles of K. Each is issued one product ahead of its
         # use, or the tensor core would wait for it every time.
         pairs_K = cute.logical_divide(tSrK, (None, 2, None))
         pairs_S = cute.logical_divide(acc_S, (None, None, 2))
         acc_S.fill(0.0)
+        fetch_Q = not self.cfg.q_in_registers
         num_pairs, num_steps = cute.size(rK, mode=[1]), cute.size(tSrQ, mode=[2])
-        cute.copy(copy_Q, tSsQ[None, None, 0], rQ[None, None, 0])
+        if const_expr(fetch_Q):
+            self.load_queries(tSrQ, sQ, 0)
         cute.copy(copy_K, tSsK[None, 0, 0], rK[None, 0, 0])
         for unit in cutlass.range_constexpr(num_pairs * num_steps):
             k, j = unit // num_pairs, unit % num_pairs
             next_k, next_j = (unit + 1) // num_pairs, (unit + 1) % num_pairs
             if const_expr(next_k < num_steps):
-                if const_expr(next_j == 0):
-                    cute.copy(copy_Q, tSsQ[None, None, next_k], rQ[None, None, next_k])
+                if const_expr(next_j == 0 and fetch_Q):
+                    self.load_queries(tSrQ, sQ, next_k)
                 cute.copy(copy_K, tSsK[None, next_j, next_k], rK[None, next_j, next_k])
             acc = pairs_S[None, None, (None, j)]
             cute.gemm(tiled_mma, acc, tSrQ[None, None, k], pairs_K[None, (None, j), k], acc)
@@ -209,12 +222,16 @@ class ComputeRole:
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
             queries.wait()
+            tSrQ = mma.query_fragment(self.sQ)
+            if const_expr(cfg.q_in_registers):
+                for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
+                    mma.load_queries(tSrQ, self.sQ, k)
             for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                 kv_ring.wait_and_advance().release()
             for i in cutlass.range(warp_hi - warp_lo, unroll=1):
                 n_block = warp_hi - 1 - i
                 slot = kv_ring.wait_and_advance()
-                mma.scores(acc_S, self.sQ, self.sKV[None, None, slot.index])
+                mma.scores(acc_S, tSrQ, self.sQ, self.sKV[None, None, slot.index])
                 slot.release()
                 if n_block < full_lo or n_block >= full_hi:
                     coord = mma.score_coordinates(reread(lane))
