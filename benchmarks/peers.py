@@ -84,9 +84,11 @@ IMPLEMENTATIONS: dict[str, Callable[[], Callable]] = {
 PEERS = tuple(name for name in IMPLEMENTATIONS if name != OURS)
 
 
-def start_servers(names: Sequence[str], device: str = "cuda") -> list["Server"]:
+def start_servers(
+    names: Sequence[str], device: str = "cuda", module: str = "benchmarks.peers"
+) -> list["Server"]:
     """All at once, since each takes seconds to import; those that cannot run are named."""
-    servers = [Server(name, device) for name in names]
+    servers = [Server(name, device, module) for name in names]
     running = [server for server in servers if server.ready()]
     for server in servers:
         if server.unavailable:
@@ -95,12 +97,12 @@ def start_servers(names: Sequence[str], device: str = "cuda") -> list["Server"]:
 
 
 class Server:
-    """A process that holds one implementation ready."""
+    """A process that holds one implementation ready: `python -m module name`."""
 
-    def __init__(self, name: str, device: str = "cuda"):
+    def __init__(self, name: str, device: str = "cuda", module: str = "benchmarks.peers"):
         self.name, self.device = name, device
         environment = os.environ | ENVIRONMENT.get(name, {})
-        command = [sys.executable, "-m", "benchmarks.peers", name]
+        command = [sys.executable, "-m", module, name]
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -112,7 +114,7 @@ class Server:
         self.unavailable = self._answer().get("error")
         return self.unavailable is None
 
-    def measure(self, problem: Problem, milliseconds: float) -> dict[str, Any]:
+    def measure(self, problem: Any, milliseconds: float) -> dict[str, Any]:
         """{"ms": [...], "error_vs_fa2": ..., "first_s": ...} or {"error": ...}."""
         return self._ask(problem, milliseconds=milliseconds)
 
@@ -120,7 +122,7 @@ class Server:
         """{"us": [...]}, host microseconds a call, one figure a repeat, or {"error": ...}."""
         return self._ask(problem, count=count, repeats=repeats)
 
-    def _ask(self, problem: Problem, **how: Any) -> dict[str, Any]:
+    def _ask(self, problem: Any, **how: Any) -> dict[str, Any]:
         request = {"problem": asdict(problem), "device": self.device, **how}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -169,14 +171,18 @@ def _issue(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
     return {"us": [time_host(once, synchronize, request["count"]) for _ in repeats]}
 
 
-def serve(name: str) -> None:
-    """Answer problems until stdin ends."""
+def _answer(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
+    return (_measure if "milliseconds" in request else _issue)(call, request)
+
+
+def serve(implementation: Callable[[], Callable], name: str, answer: Callable) -> None:
+    """Answer problems until stdin ends, each by `answer(implementation(), request)`."""
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), flush=True)
 
     try:
-        call = IMPLEMENTATIONS[name]()
+        call = implementation()
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         return
@@ -184,10 +190,10 @@ def serve(name: str) -> None:
     for line in sys.stdin:
         try:
             request = json.loads(line)
-            say((_measure if "milliseconds" in request else _issue)(call, request))
+            say(answer(call, request))
         except Exception as error:
             say({"error": f"{type(error).__name__}: {str(error)[:300]}"})
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(IMPLEMENTATIONS[sys.argv[1]], sys.argv[1], _answer)
