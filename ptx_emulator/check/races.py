@@ -38,6 +38,7 @@ class Copy:
     warps: Any
     words: Any
     announced: bool = False  # an mbarrier tells of its end
+    over: bool = False  # its end was waited for; a later wait says nothing new
 
 
 @dataclass
@@ -220,7 +221,8 @@ class RaceChecker:
 
     def was_read(self, copy: Copy | None, warps: np.ndarray) -> None:
         """`warps` have waited until a store had read its source."""
-        if copy is not None and copy.warps in warps:
+        if copy is not None and not copy.over and copy.warps in warps:
+            copy.over = True
             self.reads[copy.warps, copy.words] = self.clock[copy.warps, copy.warps]
 
     # ---- saying what is wrong ----

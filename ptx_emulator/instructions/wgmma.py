@@ -2,8 +2,8 @@
 
 mma_async returns registers that get their values when the product is done, which is when a
 wait_group demands it or the schedule says so; until then they read as NaN. Shared memory is read
-when the product is done, so a slot that is refilled too early shows. Arithmetic as for mma.sync: 16
-products and their sum with C in float64, one rounding to fp32.
+when the product is done, so a slot that is refilled too early shows. Arithmetic as for mma.sync:
+32 bytes of K and the sum with C in float64, one rounding to fp32.
 """
 
 import re
@@ -14,6 +14,7 @@ import numpy as np
 from ..findings import DescriptorFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.descriptors import decode, operand
+from ..machine.formats import FORMATS
 from ..machine.gang import Gang
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Imm, Instruction, Vector
@@ -22,7 +23,9 @@ from .memory import items_of
 from .mma_sync import fragment_a
 from .registry import instruction
 
-_SHAPE = re.compile(r"m64n(\d+)k16")
+_SHAPE = re.compile(r"m64n(\d+)k(\d+)")
+_DEPTH = {"f16": 16, "bf16": 16, "tf32": 8, "e4m3": 32, "e5m2": 32, "s8": 32, "u8": 32}
+_EIGHT = ("e4m3", "e5m2")
 
 
 @instruction("wgmma.fence")
@@ -34,27 +37,29 @@ def fence(e: Emitter, ins: Instruction) -> None:
 def mma_async(e: Emitter, ins: Instruction) -> None:
     shape = _SHAPE.fullmatch(ins.mods[3])
     kinds = ins.mods[4:]
-    if shape is None or kinds not in (("f32", "f16", "f16"), ("f32", "bf16", "bf16")):
+    if shape is None or len(kinds) != 3 or ins.guard is not None:
         raise Unmodelled(e.text)
-    if ins.guard is not None:
+    n, depth = int(shape.group(1)), int(shape.group(2))
+    kind = "s32" if kinds[1] in ("s8", "u8") else "f32"
+    same = kinds[1] == kinds[2] or (kinds[1] in _EIGHT and kinds[2] in _EIGHT)
+    if kinds[0] != kind or not same or _DEPTH.get(kinds[1]) != depth:
         raise Unmodelled(e.text)
     d, a, b, scale, *flags = ins.operands
     values = [flag.value if isinstance(flag, Imm) else None for flag in flags]
-    if values[:2] != [1, 1]:
+    if values[:2] not in ([1, 1], []):
         raise Unmodelled(e.text)
     in_registers = isinstance(a, Vector)
-    trans = [bool(value) for value in values[2:]]
+    trans = [bool(value) for value in values[2:]] or ([False] if in_registers else [False, False])
     trans_a, trans_b = (False, *trans) if in_registers else trans
-    brain = kinds[1] == "bf16"
     if in_registers:
         names = [e.get(item, "u32") for item in items_of(a)]
-        left = e.temp(e.call(fragment_a, "g", str(brain), *names))
+        left = e.temp(e.call(fragment_a, "g", repr(kinds[1]), *names))
     else:
         left = e.get(a, "u64")
-    old = ", ".join(e.get(item, "f32") for item in items_of(d))
-    form = (int(shape.group(1)), brain, trans_a, trans_b)
+    old = ", ".join(e.get(item, kind) for item in items_of(d))
+    form = (n, kinds[1:], trans_a, trans_b)
     arguments = (left, e.get(b, "u64"), e.get(scale, "b1"), f"({old},)", repr(form), e.mask)
-    e.put_each(items_of(d), e.call(issue, "g", *arguments), "f32")
+    e.put_each(items_of(d), e.call(issue, "g", *arguments), kind)
 
 
 def per_warp(g: Gang, value: Any) -> list[int]:
@@ -71,9 +76,12 @@ def issue(
     g: Gang, a: Any, b: Any, scale: Any, old: tuple[Any, ...], form: Any, mask: Any
 ) -> np.ndarray:
     """Start D = A B + scale D; returns D's registers, (registers, lanes), filled when done."""
-    n, brain, trans_a, trans_b = form
+    n, kinds, trans_a, trans_b = form
+    first_format, second_format = (FORMATS[kind] for kind in kinds)
     warps_of(g, mask)
-    result = np.full((n // 2, g.lanes), np.nan, np.float32)
+    integer = not first_format.exponent
+    dtype: Any = np.int32 if integer else np.float32
+    result = np.full((n // 2, g.lanes), -1 if integer else np.nan, dtype)
     smem, warps, count = g.cta.smem, g.warps, len(g.warps)
     in_registers = isinstance(a, np.ndarray) and a.ndim == 3
     left = None if in_registers else [decode(bits, False) for bits in per_warp(g, a)]
@@ -85,16 +93,18 @@ def issue(
             first = a
         else:
             rows = [(16 * int(warp % 4), 16) for warp in warps]
-            parts = [operand(smem, d, r, trans_a, brain) for d, r in zip(left, rows, strict=True)]
+            parts = [
+                operand(smem, d, r, trans_a, first_format) for d, r in zip(left, rows, strict=True)
+            ]
             first = np.stack(parts)
-        seconds = {d: operand(smem, d, (0, n), trans_b, brain).T for d in set(right)}
+        seconds = {d: operand(smem, d, (0, n), trans_b, second_format).T for d in set(right)}
         if len(seconds) == 1:
             total = np.matmul(first, seconds[right[0]])
         else:
             total = np.matmul(first, np.stack([seconds[d] for d in right]))
         if accumulate.any():
             total += np.where(accumulate[:, None, None], gather(old, count), 0.0)
-        table = total.astype(np.float32).reshape(-1, 2, 8, n // 8, 4, 2)
+        table = total.astype(dtype).reshape(-1, 2, 8, n // 8, 4, 2)
         result[:] = table.transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, -1)
 
     # a product reads the registers of the one before it, so they finish in order
@@ -108,7 +118,7 @@ def issue(
 
 def gather(registers: tuple[Any, ...], warps: int) -> np.ndarray:
     """(warps, 16, n) from accumulator registers: the inverse of what `issue` returns."""
-    table = np.empty((len(registers), 32 * warps), np.float32)
+    table = np.empty((len(registers), 32 * warps), np.asarray(registers[0]).dtype)
     for index, value in enumerate(registers):
         table[index] = value
     parts = table.reshape(-1, 2, 2, warps, 8, 4)  # 8 columns, row half, column, warp, row, pair

@@ -1,12 +1,12 @@
 """Shared-memory matrix descriptors of wgmma and tcgen05, and the operands that they describe.
 
-An operand is a matrix of 16-bit elements, `rows` along M or N and 16 along K. In units of 16 bytes,
-with S the swizzle's span (128, 64 or 32 bytes) and r, k the element's row and K index:
+An operand is a matrix of elements of e bytes, `rows` along M or N and 32 bytes along K. In units of
+16 bytes, with S the swizzle's span (128, 64 or 32 bytes) and r, k the element's row and K index:
 
-    K-major, swizzled    start + (r / 8) SBO + (r % 8) S + 2 k
-    K-major, plain       start + (r / 8) SBO + (2 k / 16) LBO + (r % 8) 16 + 2 k % 16
-    MN-major, swizzled   start + (2 r / S) LBO + (k / 8) SBO + (k % 8) S + 2 r % S
-    MN-major, plain      start + (2 r / 16) SBO + (k / 8) LBO + (k % 8) 16 + 2 r % 16
+    K-major, swizzled    start + (r / 8) SBO + (r % 8) S + e k
+    K-major, plain       start + (r / 8) SBO + (e k / 16) LBO + (r % 8) 16 + e k % 16
+    MN-major, swizzled   start + (e r / S) LBO + (k / 8) SBO + (k % 8) S + e r % S
+    MN-major, plain      start + (e r / 16) SBO + (k / 8) LBO + (k % 8) 16 + e r % 16
 
 The swizzle then XORs bits 7 to 9 of the absolute address into bits 4 to 6.
 """
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..findings import DescriptorFault, OutOfBounds, Race, UndefinedRead, Unmodelled
+from .formats import Format
 from .memory import DEFINED, IN_FLIGHT, RESERVED_SMEM, SharedMemory
 
-DEPTH = 16  # elements along K of one instruction
+DEPTH_BYTES = 32  # of one instruction along K
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,19 @@ def decode(bits: int, tcgen05: bool) -> MatrixDescriptor:
 
 
 @functools.lru_cache(maxsize=8192)
-def units(desc: MatrixDescriptor, first: int, rows: int, transposed: bool) -> np.ndarray:
-    """Positions of an operand's 16-byte units: (rows, 2), or if MN-major (16, rows / 8)."""
+def units(
+    desc: MatrixDescriptor, first: int, rows: int, transposed: bool, item: int = 2, across: int = 2
+) -> np.ndarray:
+    """Positions of an operand's 16-byte units: (rows, across), or if MN-major (k, rows e / 16)."""
     span, wide = desc.span, desc.span or 16
     if transposed:
-        k = np.arange(DEPTH)[:, None]
-        at = 2 * np.arange(first, first + rows, 8)[None, :]
+        k = np.arange(DEPTH_BYTES // item)[:, None]
+        at = item * np.arange(first, first + rows, 16 // item)[None, :]
         along, deep = (desc.leading, desc.stride) if span else (desc.stride, desc.leading)
         address = at // wide * along + k // 8 * deep + k % 8 * wide + at % wide
     else:
         r = np.arange(first, first + rows)[:, None]
-        half = np.arange(2)[None, :]
+        half = np.arange(across)[None, :]
         deep = 16 if span else desc.leading
         address = r // 8 * desc.stride + r % 8 * wide + half * deep
     address = address + desc.start
@@ -82,8 +85,8 @@ def units(desc: MatrixDescriptor, first: int, rows: int, transposed: bool) -> np
     return address >> 4
 
 
-def read_words(smem: SharedMemory, index: np.ndarray, what: str) -> np.ndarray:
-    """(…, 8) 16-bit words of the 16-byte units `index`, checked as a load is."""
+def read_units(smem: SharedMemory, index: np.ndarray, what: str) -> np.ndarray:
+    """(…, 16) bytes of the 16-byte units `index`, checked as a load is."""
     low, high = int(index.min()) * 16, int(index.max()) * 16
     if low < RESERVED_SMEM or high + 16 > smem.size:
         raise OutOfBounds(
@@ -96,21 +99,19 @@ def read_words(smem: SharedMemory, index: np.ndarray, what: str) -> np.ndarray:
             raise Race(f"{what} at shared offset {low:#x} is still being written by a copy")
         if smem.strict:
             raise UndefinedRead(f"{what} at shared offset {low:#x} has bytes that nothing wrote")
-    return smem.bytes.view(np.uint16).reshape(-1, 8)[index]
-
-
-def widen(words: np.ndarray, brain: bool) -> np.ndarray:
-    """bf16 or f16 bits as float64."""
-    if brain:
-        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return words.view(np.float16).astype(np.float64)
+    return smem.bytes.reshape(-1, 16)[index]
 
 
 def operand(
-    smem: SharedMemory, desc: MatrixDescriptor, span: tuple[int, int], transposed: bool, brain: bool
+    smem: SharedMemory,
+    desc: MatrixDescriptor,
+    span: tuple[int, int],
+    transposed: bool,
+    format: Format,
 ) -> np.ndarray:
-    """Rows `span` = (first, number) of an operand as (number, 16) float64."""
-    words = read_words(smem, units(desc, *span, transposed), "a matrix operand")
+    """Rows `span` = (first, number) of an operand as (number, elements along K) float64."""
+    index = units(desc, *span, transposed, format.container)
+    values = format.widen(read_units(smem, index, "a matrix operand"))
     if transposed:
-        return widen(words.reshape(DEPTH, span[1]), brain).T
-    return widen(words.reshape(span[1], DEPTH), brain)
+        return values.reshape(-1, span[1]).T
+    return values.reshape(span[1], -1)

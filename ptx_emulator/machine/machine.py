@@ -123,6 +123,9 @@ class Machine:
             peers.append(Cta(self, ctaid, rank, peers))
         for cta in peers:
             registers: list[Any] = [None] * self.program.num_registers
+            if not self.strict:
+                for index, value in self.program.undefined.items():
+                    registers[index] = value
             self.add(Gang(cta, np.arange(self.num_warps), registers))
         return True
 

@@ -38,6 +38,7 @@ class Program:
         # They read as all ones: NaN.
         written = {reg.index for ins in kernel.code for reg in destinations(ins)}
         self.never_written = frozenset(range(self.num_registers)) - written
+        self.undefined = self._undefined_registers()
         self.namespace: dict[str, Any] = {"np": np, "ndarray": np.ndarray, **_numpy_names()}
         self.sources: dict[tuple[int, bool], str] = {}
         blocks = self.flow.blocks
@@ -50,6 +51,12 @@ class Program:
             self.param_offsets[param.name] = at
             at += -(-param.size // 128) * 128
         self.params_size = at
+
+    def _undefined_registers(self) -> dict[int, Any]:
+        """All ones, NaN, for each register that some way through the code reads before a write."""
+        blocks = self.flow.blocks
+        early = blocks[0].live_in if blocks else frozenset()
+        return {index: _all_ones(self.dtypes[index]) for index in early}
 
     def _lay_out_variables(self) -> None:
         self.shared_offsets: dict[str, int] = {}
@@ -127,6 +134,13 @@ class Program:
             return ""
         code = self.flow.blocks[block].code
         return f": {code[0].text}" if code else ""
+
+
+def _all_ones(dtype: str) -> Any:
+    if dtype == "b1":
+        return np.True_
+    size = np.dtype(DTYPES[dtype]).itemsize
+    return np.full(size, 255, np.uint8).view(DTYPES[dtype])[0]
 
 
 def _numpy_names() -> dict[str, Any]:

@@ -99,3 +99,19 @@ def forward(module: Any, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, A
         fakes = {name: fake(value) for name, value in options.items()}
         module._flash_attn_fwd(fake(q), fake(k), fake(v), return_lse=True, **fakes)
     return module._flash_attn_fwd(q, k, v, return_lse=True, **options)[:2]
+
+
+def backward(module: Any, tensors: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
+    """(dq, dk, dv) of upstream's backward for (q, k, v, out, dout, lse); compiled as `forward`."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+
+    with FakeTensorMode():
+        fakes = {name: fake(value) for name, value in options.items()}
+        module._flash_attn_bwd(*map(fake, tensors), **fakes)
+    return module._flash_attn_bwd(*tensors, **options)
