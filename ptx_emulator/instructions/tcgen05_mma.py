@@ -135,12 +135,15 @@ def mma(e: Emitter, ins: Instruction) -> None:
         raise Unmodelled(e.text)
     disabled = "()"
     if rest and isinstance(rest[0], Vector):
-        disabled = "(" + "".join(e.get(item, "u32") + ", " for item in rest.pop(0).items) + ")"
+        disabled = "(" + "".join(e.get(item, "u32") + ", " for item in rest[0].items) + ")"
+        rest = rest[1:]
     accumulate, *scale = rest
-    if len(scale) > 1 or (scale and not isinstance(scale[0], Imm)):
-        raise Unmodelled(e.text)
+    power = 0
+    if scale:
+        if len(scale) > 1 or not isinstance(scale[0], Imm):
+            raise Unmodelled(e.text)
+        power = scale[0].value
     in_tmem = isinstance(a, Address)
-    power = scale[0].value if scale else 0
     variant = Variant(kind, group_of(ins), ins.has("ws"), in_tmem, power)
     left = e.address(a, "u32") if in_tmem else e.get(a, "u64")
     names = (e.address(d, "u32"), left, e.get(b, "u64"), e.get(descriptor, "u32"))
