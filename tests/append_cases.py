@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,15 +15,16 @@ from .oracle import Rule
 
 HEADS, HEADS_KV, D = 4, 2, 64
 CAPACITY = 96  # tokens a sequence's cache can hold
+SPARE_ROWS = 2  # of a cache that cache_batch_idx chooses from
 BEFORE = (0, 1, 63, 64, 90, -1)  # tokens already there; -1 is a padded row of a CUDA graph
-ROWS = (3, 7, 0, 5, 1, 2)  # cache rows of the sequences, for cache_batch_idx
 
 
 @dataclass(frozen=True, kw_only=True)
 class Append:
     """One call that writes new tokens: the cache's layout, the tables, the mask.
 
-    `new` and `queries` are the tokens that each sequence brings; unequal ones are packed.
+    `before` is what cache_seqlens says; `new` and `queries` are the tokens that each sequence
+    brings, packed unless all are equal.
     """
 
     layout: str  # "dense", "indexed", "paged"
@@ -31,6 +33,7 @@ class Append:
     rule: Rule = Rule(causal=True)
     packed: bool = False
     dtype: torch.dtype = BF16
+    before: tuple[int, ...] = BEFORE
     new: tuple[int, ...] = (5,) * len(BEFORE)
     queries: tuple[int, ...] | None = None  # None: as many as new tokens
     page_size: int = 8
@@ -38,6 +41,17 @@ class Append:
     d: int = D
     d_v: int = D
     strides: str = "contiguous"
+    num_splits: int = 0
+    seed: int = 11
+
+    @property
+    def batch(self) -> int:
+        return len(self.before)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens in the cache after the call."""
+        return tuple(0 if n < 0 else n + m for n, m in zip(self.before, self.new, strict=True))
 
     @property
     def num_queries(self) -> tuple[int, ...]:
@@ -58,10 +72,10 @@ class Append:
 
 
 class Cache:
-    """A cache that holds BEFORE tokens and NaN behind them, new tokens, queries, tables."""
+    """A cache that holds how.before tokens and NaN behind, new tokens, queries, tables."""
 
     def __init__(self, how: Append, device: torch.device | str = "cpu"):
-        gen = torch.Generator().manual_seed(11)
+        gen = torch.Generator().manual_seed(how.seed)
         self.how, self.device = how, device
         heads, heads_kv = how.heads
 
@@ -71,16 +85,18 @@ class Cache:
         self.qs = [normal(n, heads, how.d) for n in how.num_queries]
         self.new_ks = [normal(n, heads_kv, how.d) for n in how.new]
         self.new_vs = [normal(n, heads_kv, how.d_v) for n in how.new]
-        longest = CAPACITY + max(how.num_queries) + 8
+        self.capacity = max(CAPACITY, *how.ends)
+        longest = self.capacity + max(how.num_queries) + 8
         angle = torch.rand(longest, how.rotary_dim // 2, generator=gen) * 6.3
         self.cos, self.sin = (x.to(device, how.dtype) for x in (angle.cos(), angle.sin()))
-        self.used = inputs.int32(BEFORE, device)
+        self.used = inputs.int32(how.before, device)
         self.table = self.rows = None
         if how.layout == "paged":
             self.table = self._page_table(gen)
         if how.layout == "indexed":
-            self.rows = inputs.int32(ROWS, device)
-        held = [[normal(max(0, n), heads_kv, d) for n in BEFORE] for d in (how.d, how.d_v)]
+            order = torch.randperm(how.batch + SPARE_ROWS, generator=gen)
+            self.rows = order[: how.batch].to(device, torch.int32)
+        held = [[normal(max(0, n), heads_kv, d) for n in how.before] for d in (how.d, how.d_v)]
         self.k, self.v = (self._place(xs) for xs in held)
         join = inputs.pack if how.packed else inputs.stack
         self.q, self.new_k, self.new_v = (
@@ -91,21 +107,20 @@ class Cache:
     def _page_table(self, gen: torch.Generator) -> Tensor:
         """Shuffled pages for the tokens that each sequence will hold; -1 or junk behind them."""
         size = self.how.page_size
-        ends = [max(0, n) + m for n, m in zip(BEFORE, self.how.new, strict=True)]
-        need = [0 if n < 0 else math.ceil(end / size) for n, end in zip(BEFORE, ends, strict=True)]
+        need = [math.ceil(end / size) for end in self.how.ends]
         order = torch.randperm(sum(need) + 3, generator=gen).tolist()
         pages = [[order.pop() for _ in range(n)] for n in need]
         return inputs.page_table(pages, max(need) + 2, torch.device(self.device))
 
     def _place(self, held: list[Tensor]) -> Tensor:
-        how, batch = self.how, len(BEFORE)
+        how = self.how
         if self.table is not None:
             valid = (self.table >= 0) & (self.table != inputs.JUNK_PAGE)
             pages = [row[ok].tolist() for row, ok in zip(self.table, valid, strict=True)]
             return inputs.fill_pages(held, pages, int(valid.sum()) + 3, how.page_size)
-        rows = range(batch) if self.rows is None else ROWS
-        spare = 0 if self.rows is None else 2
-        store = inputs.nan_like(held[0], batch + spare, CAPACITY, *held[0].shape[1:])
+        rows = range(how.batch) if self.rows is None else self.rows.tolist()
+        num_rows = how.batch if self.rows is None else how.batch + SPARE_ROWS
+        store = inputs.nan_like(held[0], num_rows, self.capacity, *held[0].shape[1:])
         for row, x in zip(rows, held, strict=True):
             store[row, : len(x)] = x
         return store
@@ -131,13 +146,15 @@ class Cache:
             given["cu_seqlens_q"] = inputs.cumulative(self.qs, self.device)
             given["cu_seqlens_k_new"] = inputs.cumulative(self.new_ks, self.device)
             given["max_seqlen_q"] = max(how.num_queries)
+        if how.num_splits:
+            given["num_splits"] = how.num_splits
         return given
 
     def expected(self) -> tuple[Tensor, Tensor, list[Tensor], list[int]]:
         """(k cache, v cache, queries in float64, lengths) after the call."""
         how, queries, keys = self.how, [], []
         layout = how.rotary == "interleaved"
-        for q, k, n in zip(self.qs, self.new_ks, BEFORE, strict=True):
+        for q, k, n in zip(self.qs, self.new_ks, how.before, strict=True):
             q, k = q.double(), k.double()
             if how.rotary and n >= 0:
                 at = oracle.query_positions(n, len(q), how.rule)
@@ -146,10 +163,9 @@ class Cache:
             queries.append(q)
             keys.append(k)
         where = {"page_table": self.table, "batch_idx": self.rows}
-        cache_k = oracle.append(self.k, keys, BEFORE, **where)
-        cache_v = oracle.append(self.v, self.new_vs, BEFORE, **where)
-        lengths = [0 if n < 0 else n + m for n, m in zip(BEFORE, how.new, strict=True)]
-        return cache_k, cache_v, queries, lengths
+        cache_k = oracle.append(self.k, keys, how.before, **where)
+        cache_v = oracle.append(self.v, self.new_vs, how.before, **where)
+        return cache_k, cache_v, queries, list(how.ends)
 
     def sequences(self, cache: Tensor, lengths: Sequence[int]) -> list[Tensor]:
         """The tokens of each sequence in a cache laid out as this one."""
@@ -162,6 +178,39 @@ class Cache:
         if self.how.packed:
             return list(x.split(self.how.num_queries, dim))
         return list(x)
+
+    def call(self, fa4: ModuleType) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the public function."""
+        tensors = (self.q, self.k, self.v, self.new_k, self.new_v)
+        return fa4.flash_attn_with_kvcache(*tensors, **self.arguments())
+
+
+def verify(fa4: ModuleType, how: Append, device: torch.device | str) -> None:
+    """The cache after the call is as it must be, and the answer is what attending to it gives.
+
+    A call that a GPU refuses must not have written anything.
+
+    Raises:
+        NotImplementedError: the call is refused.
+        AssertionError: it is answered wrongly.
+    """
+    cache = Cache(how, device)
+    expected_k, expected_v, queries, lengths = cache.expected()
+    kept = cache.q.clone(), cache.k.clone(), cache.v.clone()
+    try:
+        out, lse = cache.call(fa4)
+    except NotImplementedError:
+        for x, before in zip((cache.q, cache.k, cache.v), kept, strict=True):
+            same_bits(x, before)
+        raise
+    same_bits(cache.q, kept[0])
+    same_but_for_one_rounding(cache.k, expected_k)
+    same_bits(cache.v, expected_v)
+    ks, vs = (cache.sequences(x, lengths) for x in (cache.k, cache.v))
+    outs, lses = cache.split_queries(out), cache.split_queries(lse, 1)
+    for b in range(how.batch):
+        ref = acceptance.reference(queries[b].to(how.dtype), ks[b], vs[b], how.rule, b)
+        acceptance.check(outs[b], lses[b], ref, f"sequence {b}")
 
 
 ROTARIES = {

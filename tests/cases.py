@@ -25,7 +25,8 @@ class Case:
     """One call. seqlens_* are the tokens that memory holds, used_* those that count (None = all).
 
     layout: "dense" (b, s, h, d), all sequences equally long; "varlen", packed; "paged", K and V in
-    pages of page_size behind a packed q (paged_dense: behind a dense q).
+    pages of page_size behind a packed q (paged_dense: behind a dense q); "packed_q", "packed_k":
+    one side packed, the other dense.
     fill, strides: see harness.FILLS and harness.PLACEMENTS.
     """
 
@@ -48,6 +49,8 @@ class Case:
     sink: bool = False
     alibi: str | None = None  # "head" (h,) or "batch" (b, h)
     num_splits: int = 1
+    pack_gqa: bool | None = None
+    dropout_p: float = 0.0
     fill: str = "normal"
     strides: str = "contiguous"
     return_lse: bool = True
@@ -58,6 +61,14 @@ class Case:
     @property
     def batch(self) -> int:
         return len(self.seqlens_q)
+
+    @property
+    def has_dense_q(self) -> bool:
+        return self.layout in ("dense", "paged_dense", "packed_k")
+
+    @property
+    def has_dense_k(self) -> bool:
+        return self.layout in ("dense", "packed_q")
 
     @property
     def bounds(self) -> tuple[bool, bool]:
@@ -89,6 +100,7 @@ class Case:
             (self.sink, "s_aux|sink"),
             (self.alibi is not None, "alibi_slopes"),
             (any(n % 8 or n > 256 for n in (self.d, self.d_v or self.d)), "head_dim"),
+            (self.dropout_p != 0, "dropout_p"),
             ((self.softmax_scale or 0) < 0, "softmax_scale"),
             (self.strides in UNALIGNED_STRIDES, "stride|align"),
         )

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from . import acceptance, inputs
 from .cases import Case
-from .oracle import Rule
+from .oracle import Dropout, Rule
+
+DROPOUT_SEED = 5
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Call:
             "softcap": (case.softcap, 0.0),
             "softmax_scale": (case.softmax_scale, None),
             "num_splits": (case.num_splits, 0),
+            "pack_gqa": (case.pack_gqa, None),
+            "dropout_p": (case.dropout_p, 0.0),
         }
         options = {name: value for name, (value, default) in given.items() if value != default}
         if rule.sink is not None:
@@ -56,6 +60,13 @@ class Answer:
     lses: list[Tensor] | None
 
 
+def drawn_dropout(p: float, device: torch.device) -> Dropout:
+    """What a call draws after torch.manual_seed(DROPOUT_SEED)."""
+    torch.manual_seed(DROPOUT_SEED)
+    seed, offset = torch.randint(2**63 - 1, (2,), device=device).tolist()
+    return Dropout(p, seed, offset)
+
+
 def make_rule(case: Case, device: torch.device) -> Rule:
     gen = inputs.generator(case, device)
     sink = slopes = None
@@ -71,6 +82,7 @@ def make_rule(case: Case, device: torch.device) -> Rule:
         softcap=case.softcap,
         sink=sink,
         alibi_slopes=slopes,
+        dropout=drawn_dropout(case.dropout_p, device) if case.dropout_p else None,
     )
 
 
@@ -82,7 +94,7 @@ def build(case: Case, device: torch.device) -> Call:
     vs, all_v = inputs.keep_used(all_v, case.used_k)
     d_v = case.d_v or case.d
     extra: dict[str, Any] = {}
-    join_q = inputs.stack if case.layout in ("dense", "paged_dense") else inputs.pack
+    join_q = inputs.stack if case.has_dense_q else inputs.pack
     q = join_q(all_q, (case.heads, case.d), case.dtype, device)
     if case.layout.startswith("paged"):
         counts = [len(x) for x in ks]
@@ -92,15 +104,15 @@ def build(case: Case, device: torch.device) -> Call:
         extra["block_table"] = inputs.page_table(pages, width, device)
         extra["seqused_k"] = inputs.int32(case.used_k or counts, device)
     else:
-        join = inputs.stack if case.layout == "dense" else inputs.pack
+        join = inputs.stack if case.has_dense_k else inputs.pack
         k = join(all_k, (case.heads_kv, case.d), case.dtype, device)
         v = join(all_v, (case.heads_kv, d_v), case.dtype, device)
         if case.used_k is not None:
             extra["seqused_k"] = inputs.int32(case.used_k, device)
-    if case.layout in ("varlen", "paged"):
+    if not case.has_dense_q:
         extra["cu_seqlens_q"] = inputs.cumulative(all_q, device)
         extra["max_seqlen_q"] = max(case.seqlens_q, default=0)
-    if case.layout == "varlen":
+    if case.layout in ("varlen", "packed_k"):
         extra["cu_seqlens_k"] = inputs.cumulative(all_k, device)
         extra["max_seqlen_k"] = max(case.seqlens_k, default=0)
     if case.used_q is not None:
@@ -150,6 +162,8 @@ def cut(call: Call, out: Tensor, lse: Tensor | None) -> Answer:
 def run_uncut(fa4: ModuleType, call: Call, **changes: Any) -> tuple[Tensor, Tensor | None]:
     """Call the kernel -> (out, lse); `changes` replace or add keyword arguments."""
     options = call.options | {"return_lse": call.case.return_lse} | changes
+    if call.case.dropout_p:
+        torch.manual_seed(DROPOUT_SEED)
     result = caller(call.case)(fa4, call, **options)
     out, lse = result if isinstance(result, tuple) else (result, None)
     assert (lse is not None) == options["return_lse"]

@@ -27,6 +27,12 @@ def _outlier(q: Tensor, k: Tensor, v: Tensor) -> None:
     v[..., 5] *= 300
 
 
+def _minus_inf(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Scores of -inf, from a channel that is positive in q and -inf in every third key."""
+    q[..., 0] = q[..., 0].abs() + 0.5
+    k[::3, :, 0] = -math.inf
+
+
 FILLS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "normal": lambda q, k, v: None,
     "peaked": lambda q, k, v: q.mul_(15),
@@ -34,6 +40,7 @@ FILLS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "constant": lambda q, k, v: (q.fill_(0.5), k.fill_(0.25), v.fill_(-1.5)),
     "zeros": lambda q, k, v: (q.zero_(), k.zero_()),
     "shifted": lambda q, k, v: (q.add_(2), k.add_(-2)),  # every score far below zero
+    "minus_inf": _minus_inf,
     "large_v": lambda q, k, v: v.mul_(4096),
 }
 

@@ -9,7 +9,7 @@ aligned to the bottom right):
     x              <- score_mod(x, b, h, i, j)
     s(i, j)        =  x(i, j) - slope_h * |p - j|
     LSE(i)         =  log(sum over visible j of exp(s(i, j))  +  exp(sink_h))
-    out(i)         =  sum over visible j of exp(s(i, j) - LSE(i)) * v_j
+    out(i)         =  sum over visible j of exp(s(i, j) - LSE(i)) * dropout(i, j) * v_j
 
 A row that sees no key has out = 0 and LSE = -inf, sink or not. Key head of query head h:
 h // (h_q / h_k).
@@ -27,6 +27,8 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+
+from . import philox
 
 MAX_SCORES = (
     1 << 25
@@ -47,6 +49,15 @@ NAIVE = Precision(None, None, None)
 MIXED = Precision(torch.float32, None, None)
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Each weight is dropped with probability p, by the mask that philox.py documents."""
+
+    p: float
+    seed: int
+    offset: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """What a call says beside q, k, v. A bound of window that is None or negative is unbounded."""
@@ -60,6 +71,7 @@ class Rule:
     score_mod: Callable | None = None
     mask_mod: Callable | None = None
     aux_tensors: Sequence[Tensor] | None = None
+    dropout: Dropout | None = None
 
     def bounds(self) -> tuple[float, float]:
         """(left, right), infinite where unbounded. causal is right = 0 whatever the window says."""
@@ -133,7 +145,13 @@ def weigh(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def attend_head(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, where: tuple[int, int], precision: Precision
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    where: tuple[int, int],
+    heads: int,
+    precision: Precision,
 ):
     """One head: q (sq, d), k (sk, d), v (sk, d_v) -> out, magnitude (sq, d_v), lse (sq,)."""
     sq, sk = q.shape[0], k.shape[0]
@@ -141,9 +159,12 @@ def attend_head(
     out_dtype = precision.out or q.dtype
     sink = rule.sink[where[1]] if rule.sink is not None else None
     q, k, v = q.to(score_dtype), k.to(score_dtype), v.to(weight_dtype)
-    pieces = []
+    pieces, drop = [], rule.dropout
     for rows in torch.arange(sq, device=q.device).split(max(1, MAX_SCORES // max(1, sk))):
         p, lse = weigh(scores(q[rows], k, rule, rows, sq, where), sink)
+        if drop is not None:
+            state, stream = (drop.seed, drop.offset), where[0] * heads + where[1]
+            p = p * philox.multipliers(drop.p, state, stream, rows, sk).to(p.dtype)
         p = p.to(weight_dtype)
         pieces.append(((p @ v).to(out_dtype), lse, p.detach() @ v.detach().abs()))
     return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -166,7 +187,7 @@ def attend(
         nothing = torch.zeros(0, heads, v.shape[2], dtype=dtype, device=q.device)
         return Result(nothing, torch.zeros(heads, 0, dtype=dtype, device=q.device), nothing)
     per_head = [
-        attend_head(q[:, h], k[:, h // group], v[:, h // group], rule, (batch, h), precision)
+        attend_head(q[:, h], k[:, h // group], v[:, h // group], rule, (batch, h), heads, precision)
         for h in range(heads)
     ]
     out, lse, magnitude = zip(*per_head, strict=True)

@@ -6,16 +6,7 @@ import pytest
 import torch
 
 from . import acceptance, cases, harness, inputs, oracle
-from .append_cases import (
-    BEFORE,
-    HEADS,
-    HEADS_KV,
-    Cache,
-    D,
-    append_params,
-    same_bits,
-    same_but_for_one_rounding,
-)
+from .append_cases import HEADS, HEADS_KV, D, append_params, verify
 from .cases import BF16, Case
 from .oracle import Rule
 
@@ -108,29 +99,11 @@ def test_cache_batch_idx_chooses_rows(fa4, device):
 @pytest.mark.parametrize("how", append_params)
 def test_append_then_attend(fa4, device, how):
     """New tokens land at cache_seqlens, rotated; nothing else of the cache changes; then attend."""
-    cache = Cache(how, device)
-    expected_k, expected_v, queries, lengths = cache.expected()
-    kept = cache.q.clone(), cache.k.clone(), cache.v.clone()
-
-    def call():
-        tensors = (cache.q, cache.k, cache.v, cache.new_k, cache.new_v)
-        return fa4.flash_attn_with_kvcache(*tensors, **cache.arguments())
-
     if device.type == "cuda" and (missing := how.missing_on_gpu()):
         with pytest.raises(NotImplementedError, match=missing):
-            call()
-        for x, before in zip((cache.q, cache.k, cache.v), kept, strict=True):
-            same_bits(x, before)
+            verify(fa4, how, device)
         return
-    out, lse = call()
-    assert torch.equal(cache.q, kept[0])
-    same_but_for_one_rounding(cache.k, expected_k)
-    same_bits(cache.v, expected_v)
-    ks, vs = (cache.sequences(x, lengths) for x in (cache.k, cache.v))
-    outs, lses = cache.split_queries(out), cache.split_queries(lse, 1)
-    for b in range(len(BEFORE)):
-        ref = acceptance.reference(queries[b].to(how.dtype), ks[b], vs[b], how.rule, b)
-        acceptance.check(outs[b], lses[b], ref, f"sequence {b}")
+    verify(fa4, how, device)
 
 
 def test_decode_step_by_step_equals_prefill(fa4):
