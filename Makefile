@@ -8,9 +8,10 @@ REPO_ID := flash-attn-4-org/flash-attn-4
 # Options for pytest, as in: make test PYTEST="-k causal"
 PYTEST ?=
 # Options of the emulator, as in: make emulate ARGS="--arch sm120a --causal"; --help lists them
+# and of the fuzzer, as in: make fuzz ARGS="--backend cuda --cases 2000 --shards 16"
 ARGS ?=
 
-.PHONY: help setup build demo test test-gpu emulate lint clean
+.PHONY: help setup build demo test test-gpu emulate fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +45,10 @@ test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTH
 emulate: ## run a kernel on an emulated card and compare it with float64, with the options in ARGS
 	@$(PYTHON) scripts/setup_env.py test
 	@OMP_NUM_THREADS=1 $(VENV)/python -m ptx_emulator $(ARGS)
+
+fuzz: ## search for wrong answers at random, with the options in ARGS; --help lists them
+	@$(PYTHON) scripts/setup_env.py test
+	@OMP_NUM_THREADS=1 $(VENV)/python -m tests.fuzz $(ARGS)
 
 lint: ## ruff, ruff format and mypy, as CI and pre-commit run them
 	@$(PYTHON) scripts/setup_env.py lint

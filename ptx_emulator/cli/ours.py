@@ -1,5 +1,6 @@
 """Adapter: this repository's kernels, planned and launched as for a CUDA card, on a session."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,31 +15,34 @@ NUM_SMS = 3  # of the emulated card as the planner sees it: few, so that CTAs ta
 
 
 @contextmanager
-def kernels_on(emulator: Session) -> Iterator[Callable[..., None]]:
-    """`flash_attn4_cute.launch.forward(problem, tensors)` for CPU tensors, run by `emulator`.
+def kernels_on(
+    emulator: Session, package: str = "flash_attn4_cute"
+) -> Iterator[Callable[..., None]]:
+    """`launch.forward(problem, tensors)` of a package for CPU tensors, run by `emulator`.
 
     So is every other launch of the package, such as `append_plan.append`.
     """
-    from flash_attn4_cute import append_plan, compiler, launch, plan
-    from flash_attn4_cute.device import VARIANTS, Card
-
+    compiler, launch, plan, append_plan, device = (
+        importlib.import_module(f"{package}.{name}")
+        for name in ("compiler", "launch", "plan", "append_plan", "device")
+    )
     variant = emulator.card.arch.replace("sm_", "sm")
-    capability = next(found for found, name in VARIANTS.items() if name == variant)
-    card = Card(emulator.card.arch, capability, NUM_SMS)
-    before = plan.supported_card, compiler.compiled
+    capability = next(found for found, name in device.VARIANTS.items() if name == variant)
+    card = device.Card(emulator.card.arch, capability, NUM_SMS)
+    before = device.supported_card, compiler.compiled
 
     def compiled(key: Any) -> Callable[..., Any]:
         function = before[1](key)
         return lambda *args: emulator.call(function, *args)
 
     plan.supported_card = append_plan.supported_card = lambda device: card
-    compiler.compiled = compiled  # type: ignore[assignment]
+    compiler.compiled = compiled
     plan.make_plan.cache_clear()
     try:
         yield launch.forward
     finally:
-        plan.supported_card, compiler.compiled = before
-        append_plan.supported_card = before[0]
+        plan.supported_card = append_plan.supported_card = before[0]
+        compiler.compiled = before[1]
         plan.make_plan.cache_clear()
 
 

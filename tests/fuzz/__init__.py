@@ -1,0 +1,1 @@
+"""A randomised search over the whole argument space of the public functions; see __main__.py."""
