@@ -63,12 +63,7 @@ class Append:
             name="", layout="paged" if self.layout == "paged" else "dense", dtype=self.dtype,
             d=self.d, d_v=self.d_v, strides=self.strides,
         )  # fmt: skip
-        reasons = [case.missing_on_gpu()]
-        if self.layout == "indexed":
-            reasons.append("cache_batch_idx")
-        if self.layout == "paged" or self.packed:
-            reasons.append("layout")
-        return "|".join(filter(None, reasons)) or None
+        return case.missing_on_gpu()
 
 
 class Cache:
