@@ -22,10 +22,11 @@ def kernels_on(
 
     So is every other launch of the package, such as `append_plan.append`.
     """
-    compiler, launch, plan, append_plan, device = (
+    modules: tuple[Any, ...] = tuple(
         importlib.import_module(f"{package}.{name}")
         for name in ("compiler", "launch", "plan", "append_plan", "device")
     )
+    compiler, launch, plan, append_plan, device = modules
     variant = emulator.card.arch.replace("sm_", "sm")
     capability = next(found for found, name in device.VARIANTS.items() if name == variant)
     card = device.Card(emulator.card.arch, capability, NUM_SMS)
