@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import checks
 from .checks import refuse
-from .problem import AttentionTensors
+from .problem import AttentionOptions, AttentionTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerMetadata:
-    """The shape of a step and the number of splits chosen for it.
+    """The shape of a step, the number of splits chosen for it, and whether heads are packed.
 
     It holds no tensor, so a captured CUDA graph replays at other lengths unchanged. Calls that pass
     it must have these heads and this batch, and sequences no longer than the maxima.
@@ -26,6 +26,7 @@ class SchedulerMetadata:
     head_dim_v: int
     page_size: int | None
     num_splits: int
+    pack_gqa: bool | None
 
     def check(self, tensors: AttentionTensors) -> None:
         """Raise ValueError if `tensors` are not of the step that this was made for."""
@@ -50,8 +51,10 @@ class SchedulerMetadata:
                 )
 
 
-def check_metadata(metadata: object, tensors: AttentionTensors, num_splits: int) -> int:
-    """The number of splits of a call with `metadata` and the argument `num_splits`."""
+def with_metadata(
+    metadata: object, tensors: AttentionTensors, options: AttentionOptions
+) -> AttentionOptions:
+    """The options of a call for which `metadata` has decided what they leave open."""
     if not isinstance(metadata, SchedulerMetadata):
         raise refuse(
             TypeError,
@@ -60,15 +63,16 @@ def check_metadata(metadata: object, tensors: AttentionTensors, num_splits: int)
             "must come from get_scheduler_metadata of this package",
             "Make it with get_scheduler_metadata, or pass None",
         )
-    if num_splits not in (0, metadata.num_splits):
+    if options.num_splits not in (0, metadata.num_splits):
         raise refuse(
             ValueError,
             "num_splits",
-            num_splits,
+            options.num_splits,
             f"scheduler_metadata was made for {metadata.num_splits} splits",
             "Pass num_splits=0 to take it from scheduler_metadata",
         )
     for name, t in (("q", tensors.q), ("k", tensors.k), ("v", tensors.v)):
         checks.check_is_tensor(name, t)
     metadata.check(tensors)
-    return metadata.num_splits
+    pack_gqa = metadata.pack_gqa if options.pack_gqa is None else options.pack_gqa
+    return replace(options, num_splits=metadata.num_splits, pack_gqa=pack_gqa)

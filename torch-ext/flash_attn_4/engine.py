@@ -201,6 +201,7 @@ def get_scheduler_metadata(
         requires_grad=False,
         aligned=True,
     )
+    splits, packed = _planned(problem)
     return SchedulerMetadata(
         batch=problem.batch,
         max_seqlen_q=problem.seqlen_q,
@@ -210,17 +211,19 @@ def get_scheduler_metadata(
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
         page_size=problem.page_size,
-        num_splits=_planned_splits(problem),
+        num_splits=splits,
+        pack_gqa=packed,
     )
 
 
-def _planned_splits(problem: AttentionProblem) -> int:
-    """The splits that the plan for this device chooses; the cpu variant needs none."""
+def _planned(problem: AttentionProblem) -> tuple[int, bool | None]:
+    """num_splits and pack_gqa that ask for what the plan for this device chooses."""
     if problem.num_splits or problem.device.type != "cuda":
-        return max(1, problem.num_splits)
-    from .flash_attn4_cute.plan import make_plan
+        return max(1, problem.num_splits), problem.pack_gqa
+    from .flash_attn4_cute.plan import DecodeKey, make_plan
 
-    return make_plan(problem).num_splits
+    plan = make_plan(problem)
+    return plan.num_splits, isinstance(plan.key, DecodeKey) or problem.pack_gqa
 
 
 def _at_least(lowest: int, name: str, value: Any) -> int:

@@ -6,7 +6,6 @@ Aliases are resolved here and nowhere else; below this file each thing has one n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from . import execute, ops
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import check_is_tensor, refuse
 from .flash_attn4_cute.problem import AttentionOptions, AttentionProblem, AttentionTensors
-from .flash_attn4_cute.scheduler_metadata import check_metadata
+from .flash_attn4_cute.scheduler_metadata import with_metadata
 
 Result = Tensor | tuple[Tensor, Tensor]
 Window = Sequence[int | None] | None
@@ -73,8 +72,7 @@ def send(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse): through an operator where torch must see one, else straight to the variant."""
     if scheduler_metadata is not None:
-        num_splits = check_metadata(scheduler_metadata, tensors, options.num_splits)
-        options = replace(options, num_splits=num_splits)
+        options = with_metadata(scheduler_metadata, tensors, options)
     q = tensors.q
     if options.dropout_p and isinstance(q, Tensor):
         tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
