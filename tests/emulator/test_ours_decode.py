@@ -7,49 +7,10 @@ import torch
 
 import ptx_emulator
 from ptx_emulator.cli.case import Case, Inputs, judge, make_inputs
-from ptx_emulator.cli.ours import kernels_on
+
+from .decoding import attend, case
 
 ARCHS = ("sm_90a", "sm_120a", "sm_121a")
-
-
-def case(**changes) -> Case:
-    options = {
-        "dtype": torch.bfloat16,
-        "batch": 2,
-        "heads": 4,
-        "kv_heads": 2,
-        "seqlen_q": 1,
-        "seqlen_k": 300,
-        "head_dim": 64,
-        **changes,
-    }
-    return Case(head_dim_v=options["head_dim"], **options)
-
-
-@pytest.fixture(autouse=True)
-def workspaces_hold_nan(monkeypatch):
-    from flash_attn4_cute import decode_launch
-
-    def poisoned(size, device):
-        return torch.full((size,), torch.nan, device=device)
-
-    monkeypatch.setattr(decode_launch, "new_workspace", poisoned)
-
-
-def attend(emulator, tensors, options):
-    """(out, lse) of the decode kernel, both filled with NaN before."""
-    from flash_attn4_cute.decode_plan import DecodeKey
-    from flash_attn4_cute.plan import make_plan
-    from flash_attn4_cute.problem import AttentionProblem
-
-    problem = AttentionProblem.from_tensors(tensors, options)
-    tensors.out = tensors.q.new_full(problem.out_shape(tensors.q), torch.nan)
-    tensors.lse = torch.full(problem.lse_shape(tensors.q), torch.nan)
-    with kernels_on(emulator) as forward:
-        plan = make_plan(problem)
-        assert isinstance(plan.key, DecodeKey) and plan.num_splits == options.num_splits
-        forward(problem, tensors)
-    return tensors.out, tensors.lse
 
 
 def assert_right(question: Case, arch: str, schedules) -> None:

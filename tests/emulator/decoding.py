@@ -1,0 +1,47 @@
+"""What the emulator's tests of the decode kernel share."""
+
+import torch
+
+from ptx_emulator.cli.case import Case
+from ptx_emulator.cli.ours import kernels_on
+
+
+def poisoned(size, device):
+    """A workspace in which nothing may be read before it is written."""
+    return torch.full((size,), torch.nan, device=device)
+
+
+def case(**changes) -> Case:
+    """A small question; d_v is d unless given."""
+    options = {
+        "dtype": torch.bfloat16,
+        "batch": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "seqlen_q": 1,
+        "seqlen_k": 300,
+        "head_dim": 64,
+        **changes,
+    }
+    return Case(**{"head_dim_v": options["head_dim"], **options})
+
+
+def attend(emulator, tensors, options):
+    """(out, lse) of the decode kernel, both and the workspace filled with NaN before."""
+    from flash_attn4_cute import decode_launch
+    from flash_attn4_cute.decode_plan import DecodeKey
+    from flash_attn4_cute.plan import make_plan
+    from flash_attn4_cute.problem import AttentionProblem
+
+    problem = AttentionProblem.from_tensors(tensors, options)
+    tensors.out = tensors.q.new_full(problem.out_shape(tensors.q), torch.nan)
+    tensors.lse = torch.full(problem.lse_shape(tensors.q), torch.nan)
+    before, decode_launch.new_workspace = decode_launch.new_workspace, poisoned
+    try:
+        with kernels_on(emulator) as forward:
+            plan = make_plan(problem)
+            assert isinstance(plan.key, DecodeKey) and plan.num_splits == options.num_splits
+            forward(problem, tensors)
+    finally:
+        decode_launch.new_workspace = before
+    return tensors.out, tensors.lse
