@@ -4,16 +4,16 @@ So the cases of tests/cases.py and the whole way from an argument to a launch ar
 GPU, and a case means here what it means to `pytest -m gpu`.
 """
 
-import sys
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 
 import ptx_emulator
-from ptx_emulator.cli.ours import NUM_SMS
+from ptx_emulator.cli.ours import kernels_on
 from tests import harness
 from tests.cases import Case
 
@@ -24,31 +24,15 @@ ARCHS = ("sm_90a", "sm_120a", "sm_121a")
 def card(fa4: ModuleType, arch: str, schedule: int = 0) -> Iterator[Any]:
     """While it lasts, `fa4` computes with the kernels for `arch`. Yields the emulator's session."""
 
-    def module(name: str) -> ModuleType:
-        return sys.modules[f"{fa4.__name__}.{name}"]
-
-    __import__(f"{fa4.__name__}.flash_attn4_cute.launch")
-    compiler, launch = module("flash_attn4_cute.compiler"), module("flash_attn4_cute.launch")
-    plan, execute = module("flash_attn4_cute.plan"), module("execute")
-    device = module("flash_attn4_cute.device")
-    capability = next(c for c, name in device.VARIANTS.items() if name == arch.replace("_", ""))
-    emulated = device.Card(arch, capability, NUM_SMS)
-    before = plan.supported_card, compiler.compiled, execute.cpu
-    with ptx_emulator.session(arch, schedule=schedule, strict=True) as emulator:
-
-        def compiled(key: Any) -> Any:
-            function = before[1](key)
-            return lambda *args: emulator.call(function, *args)
-
-        plan.supported_card = lambda device: emulated
-        compiler.compiled = compiled
-        execute.cpu = SimpleNamespace(forward=launch.forward)
-        plan.make_plan.cache_clear()
+    execute = importlib.import_module(f"{fa4.__name__}.execute")
+    before = execute._variant
+    session = ptx_emulator.session(arch, schedule=schedule, strict=True)
+    with session as emulator, kernels_on(emulator, f"{fa4.__name__}.flash_attn4_cute"):
+        execute._variant = lambda problem: execute._cuda()
         try:
             yield emulator
         finally:
-            plan.supported_card, compiler.compiled, execute.cpu = before
-            plan.make_plan.cache_clear()
+            execute._variant = before
 
 
 def verify(
@@ -58,6 +42,7 @@ def verify(
     assert case.missing_on_gpu() is None, "the kernels refuse this case"
     call = harness.build(case, torch.device("cpu"))
     for schedule in schedules:
-        with card(fa4, arch, schedule):
+        with card(fa4, arch, schedule) as emulator:
             answer = harness.run(fa4, call)
+        assert emulator.runs or not (call.q.numel() and call.k.numel()), "no kernel was launched"
         harness.judge(call, answer)

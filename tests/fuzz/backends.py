@@ -75,20 +75,10 @@ class Emulated:
 
     @contextmanager
     def running(self, value: Any) -> Iterator[None]:
-        import ptx_emulator
-        from ptx_emulator.cli.ours import kernels_on
+        from tests.emulator.on_cards import card
 
-        execute = part(self.package, "execute")
-        before = execute._variant
-        schedule = zlib.crc32(repr(value).encode()) % SCHEDULES
-        session = ptx_emulator.session(self.arch, schedule=schedule, strict=True)
-        root = f"{self.package.__name__}.flash_attn4_cute"
-        with session as emulator, kernels_on(emulator, root):
-            execute._variant = lambda problem: execute._cuda()
-            try:
-                yield
-            finally:
-                execute._variant = before
+        with card(self.package, self.arch, zlib.crc32(repr(value).encode()) % SCHEDULES):
+            yield
 
     def num_kernels(self) -> int:
         return part(self.package, "flash_attn4_cute.compiler").compiled.cache_info().misses
@@ -101,7 +91,7 @@ def open_backend(name: str, arch: str) -> Backend:
 
         ptx_emulator.bootstrap()
         limits = Limits(pairs=60_000, length=300, rows=12)
-        return Emulated(load_package(), arch, limits)
+        return Emulated(load_package(), arch.replace("sm_", "sm").replace("sm", "sm_"), limits)
     if name == "cuda":
         limits = Limits(pairs=8_000_000, length=2000, rows=48)
         return Direct(load_package(), torch.device("cuda"), limits)
