@@ -42,13 +42,14 @@ class QueryRows:
     def fetch(self, args: ForwardArgs, work: WorkTile, lane: Int32):
         """Begin to copy this warp's rows of tile `work`; `wait` ends it.
 
-        Rows past the end repeat the last one: their results are not stored.
+        Rows past the end repeat the last one: their results are not stored. A warp without any row
+        fetches too, since it may load its fragments before it knows.
         """
         cfg = self.cfg
         seqlen = SeqlenInfo.of(args, work.batch)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         row = work.m_block * cfg.block_m + warp * cfg.rows_per_warp
-        if row < seqlen.seqlen_q:
+        if work.m_block * cfg.block_m < seqlen.seqlen_q:
             if const_expr(cute.rank(args.mQ) == 4):
                 mQ = args.mQ[work.batch, None, work.head, None]
             else:
