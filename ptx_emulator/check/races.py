@@ -212,9 +212,8 @@ class RaceChecker:
                 self.writer[words] = warp
                 self.written[words] = self.clock[warp, warp]
 
-    def issue_read(self, warp: int, low: int, high: int, name: str) -> Copy:
-        """A store from shared bytes [low, high) is issued; it reads until it is waited for."""
-        words = np.arange(low // WORD, high // WORD)
+    def issue_read(self, warp: int, words: np.ndarray, name: str) -> Copy:
+        """A store from shared words is issued; it reads until it is waited for."""
         self._check_visible(f"{name}, issued by warp {warp}, reads", words, warp, True)
         self.reads[warp, words] = PENDING
         return Copy(warp, words)

@@ -105,30 +105,35 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
         for place, owner in places:
             if pair and multicast is None:
                 owner = home
-            tma.check_destination(place.smem, offset, tensor.box_bytes)
-            place.smem.shadow[offset : offset + tensor.box_bytes] = IN_FLIGHT
+            tma.check_destination(place.smem, offset, tensor.footprint)
+            units = tma.units_of(tensor, offset)
+            place.smem.shadow.reshape(-1, 16)[units] = IN_FLIGHT
             signal = owner.mbarrier((owner.rank << 24) | bar_offset)
             run = _load(g, (tensor, at), (place.smem, offset), signal)
             op = AsyncOp("TMA load", run, owner=place)
-            op.mark = note_load(g, int(lane), offset, tensor.box_bytes)
+            op.mark = note_load(g, int(lane), units)
             g.cta.machine.queue.add(_told(op, g, signal))
 
 
-def note_load(g: Gang, lane: int, offset: int, nbytes: int) -> Copy | None:
-    """Tell the race checker that a lane lets TMA write shared memory."""
+def words_of(units: np.ndarray) -> np.ndarray:
+    """The words, as the race checker counts, of 16-byte units."""
+    return (units[:, None] * (16 // WORD) + np.arange(16 // WORD)).ravel()
+
+
+def note_load(g: Gang, lane: int, units: np.ndarray) -> Copy | None:
+    """Tell the race checker that a lane lets TMA write 16-byte units of shared memory."""
     if g.cta.race is None:
         return None
-    words = np.arange(offset // WORD, (offset + nbytes) // WORD)[None]
     warps = g.warps[lane // 32 : lane // 32 + 1]
-    return g.cta.race.issue_write(warps, words, "a TMA load", True)
+    return g.cta.race.issue_write(warps, words_of(units)[None], "a TMA load", True)
 
 
-def note_store(g: Gang, lane: int, offset: int, nbytes: int) -> Copy | None:
-    """Tell the race checker that a lane lets TMA read shared memory."""
+def note_store(g: Gang, lane: int, units: np.ndarray) -> Copy | None:
+    """Tell the race checker that a lane lets TMA read 16-byte units of shared memory."""
     if g.cta.race is None:
         return None
     warp = int(g.warps[lane // 32])
-    return g.cta.race.issue_read(warp, offset, offset + nbytes, "a TMA store")
+    return g.cta.race.issue_read(warp, words_of(units), "a TMA store")
 
 
 def _told(op: AsyncOp, g: Gang, signal: MBarrier) -> AsyncOp:
@@ -166,9 +171,9 @@ def issue_store(g: Gang, operands: tuple[Any, ...], operation: str | None, mask:
         at = tuple(at_lane(c, lane) for c in coords)
         tma.check_map(tensor, at)
         cta, offset = g.cta.locate(at_lane(source, lane))
-        tma.check_destination(cta.smem, offset, tensor.box_bytes)
+        tma.check_destination(cta.smem, offset, tensor.footprint)
         op = AsyncOp("TMA store", _nothing, owner=g.cta)
-        op.mark = note_store(g, int(lane), offset, tensor.box_bytes)
+        op.mark = note_store(g, int(lane), tma.units_of(tensor, offset))
         _bind_store(op, (memory, cta.smem), (tensor, at, offset), operation)
         g.bulk.append(g.cta.machine.queue.add(op))
 
@@ -183,7 +188,7 @@ def _bind_store(op: AsyncOp, memories: Any, what: Any, operation: str | None) ->
     held: list[np.ndarray] = []
 
     def read() -> None:
-        _check_defined(smem, offset, tensor.box_bytes)
+        smem.gather(tma.units_of(tensor, offset) * 16, np.dtype("V16"), 1)
         held.append(tma.take_box(smem, tensor, offset).copy())
 
     def run() -> None:
@@ -241,7 +246,7 @@ def issue_flat_load(g: Gang, operands: tuple[Any, ...], from_global: bool, mask:
         cta.smem.shadow[offset : offset + nbytes] = IN_FLIGHT
         run = _flat_load(g, (cta.smem, offset), (source, nbytes, from_global), barrier)
         op = AsyncOp("bulk load", run, owner=cta)
-        op.mark = note_load(g, int(lane), offset, nbytes)
+        op.mark = note_load(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
         g.cta.machine.queue.add(_told(op, g, g.cta.mbarrier(barrier)))
 
 
@@ -272,7 +277,7 @@ def issue_flat_store(g: Gang, operands: tuple[Any, ...], kind: str | None, mask:
         cta, offset = g.cta.locate(source & 0xFFFFFFFF)
         cta.smem.check(np.array([offset]), nbytes, 1, "cp.async.bulk")
         op = AsyncOp("bulk store", _nothing, owner=g.cta)
-        op.mark = note_store(g, int(lane), offset, nbytes)
+        op.mark = note_store(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
         _bind_flat_store(op, g, (target, cta.smem, offset, nbytes), kind)
         g.bulk.append(g.cta.machine.queue.add(op))
 

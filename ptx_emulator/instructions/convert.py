@@ -78,7 +78,8 @@ def _packed(e: Emitter, ins: Instruction, to: str, source: str) -> None:
     for operand in ins.operands[1:]:
         value = e.get(operand, "f32")
         if ins.has("relu"):
-            value = e.temp(f"np.fmax({value}, {e.const(0, 'f32')})")
+            zero = e.const(0, "f32")
+            value = e.temp(f"np.where({value} <= {zero}, {zero}, {value})")  # NaN stays
         parts.append(e.temp(e.call(narrow, value)))
     e.put(ins.operands[0], e.call(pack_halves, *parts), "u32")
 

@@ -89,6 +89,8 @@ def arithmetic_of(e: Emitter, ins: Instruction) -> Operation:
     name = "fma" if ins.opcode == "mad" else ins.opcode
 
     def expression(parts: list[str]) -> str:
+        if ins.has("ftz"):
+            parts = [e.temp(e.call(flush, part)) for part in parts]
         if mode:
             result = e.call(_DIRECTED[name, mode], *parts)
         elif name == "fma":
@@ -147,20 +149,38 @@ def put_halves(e: Emitter, target: Operand | None, halves: list[Value]) -> None:
     e.put_value(target, value)
 
 
+def extremum_of(function: Callable[..., Any], name: str) -> Callable[[Any, Any], Any]:
+    """fmin, fmax, minimum or maximum; of two zeros the negative one is the smaller."""
+    sign = -1 if "min" in name or "small" in name else 1
+
+    def run(a: Any, b: Any) -> Any:
+        result = function(a, b)
+        if np.all(result):
+            return result
+        kind = result.dtype.type(sign)
+        return np.where((a == 0) & (b == 0), kind * (kind * a + kind * b), result)
+
+    run.__name__ = name
+    return run
+
+
+EXTREMA = {
+    "min": extremum_of(np.fmin, "smaller"),
+    "max": extremum_of(np.fmax, "larger"),
+    "min.NaN": extremum_of(np.minimum, "minimum_or_nan"),
+    "max.NaN": extremum_of(np.maximum, "maximum_or_nan"),
+}
+
+
 @instruction("min", "max", types="f32")
 def extremum(e: Emitter, ins: Instruction) -> None:
     parts = [e.get(operand, "f32") for operand in ins.operands[1:]]
     if ins.has("xorsign"):
         raise Unmodelled(e.text)
-    prefix = "" if ins.has("NaN") else "f"
-    name = (
-        ("np.minimum" if ins.opcode == "min" else "np.maximum")
-        if not prefix
-        else ("np.fmin" if ins.opcode == "min" else "np.fmax")
-    )
+    function = EXTREMA[ins.opcode + (".NaN" if ins.has("NaN") else "")]
     expression = parts[0]
     for part in parts[1:]:
-        expression = f"{name}({expression}, {part})"
+        expression = e.call(function, expression, part)
     if ins.has("ftz"):
         expression = e.call(flush, expression)
     if ins.has("abs"):

@@ -8,14 +8,12 @@ from ..findings import Unmodelled
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Instruction
 from .convert import narrow_bf16
-from .float_arith import bf16_to_f32, mixed
+from .float_arith import EXTREMA, bf16_to_f32, flush, mixed
 from .registry import instruction
 
 HALVES = "f16 f16x2 bf16 bf16x2"
 _BINARY = {"add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}"}
 _OTHER = {
-    "min": "np.fmin({0}, {1})",
-    "max": "np.fmax({0}, {1})",
     "neg": "-{0}",
     "abs": "np.abs({0})",
     "fma": "{0} * {1} + {2}",
@@ -60,16 +58,23 @@ def arithmetic(e: Emitter, ins: Instruction) -> None:
         return
     if ins.has("sat", "relu", "NaN", "xorsign"):
         raise Unmodelled(e.text)
-    template = _BINARY.get(ins.opcode) or _OTHER[ins.opcode]
+    template = _BINARY.get(ins.opcode) or _OTHER.get(ins.opcode, "")
     brain = ins.type.startswith("bf16")
+
+    def result(parts: list[str]) -> str:
+        if ins.opcode in EXTREMA:
+            return e.call(EXTREMA[ins.opcode], *parts)
+        value = template.format(*parts)
+        return e.call(flush, value) if ins.has("ftz") else value
+
     widen, narrow = (widen_bf16, narrow_bf16_64) if brain else (widen_f16, narrow_f16)
     if not ins.type.endswith("x2"):
         parts = [e.temp(e.call(widen, e.get(o, "u16"))) for o in ins.operands[1:]]
-        e.put(ins.operands[0], e.call(narrow, template.format(*parts)), "u16")
+        e.put(ins.operands[0], e.call(narrow, result(parts)), "u16")
         return
     words = [e.get(operand, "u32") for operand in ins.operands[1:]]
     halves = []
     for side in (low16, high16):
         parts = [e.temp(e.call(widen, e.call(side, word))) for word in words]
-        halves.append(e.temp(e.call(narrow, template.format(*parts))))
+        halves.append(e.temp(e.call(narrow, result(parts))))
     e.put(ins.operands[0], e.call(pack16, *halves), "u32")

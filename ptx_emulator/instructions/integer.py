@@ -180,7 +180,8 @@ def quotient(a: Any, b: Any) -> Any:
 
 
 def remainder(a: Any, b: Any) -> Any:
-    return a - quotient(a, b) * b
+    """All bits set for a zero divisor."""
+    return np.where(b == 0, ~np.zeros_like(b), a - quotient(a, b) * b)
 
 
 @instruction("sad")

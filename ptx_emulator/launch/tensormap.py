@@ -12,7 +12,7 @@ from ..words import words
 ELEMENT_BITS = (8, 16, 32, 32, 64, 64, 16, 32, 32, 64, 16, 4, 4, 6)
 ELEMENT_NAMES = words("u8 u16 u32 s32 u64 s64 f16 f32 f32ftz f64 bf16 b4x16 b4x16_p64 b6x16_p32")
 SWIZZLE_MASK = (0, 1, 3, 7)  # none, 32, 64, 128 bytes: which of address bits 7-9 take part
-TILED = 2
+TILED = (0, 2)  # the driver's encoding, and the one that CuTe DSL's host code writes
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,17 @@ class TensorMap:
         for extent in self.box:
             size *= extent
         return size
+
+    @property
+    def row_pitch(self) -> int:
+        """Bytes from a box row to the next in shared memory: at least the swizzle's span."""
+        inner = self.box[0] * self.item
+        return max(inner, 16 << self.swizzle) if self.swizzle else inner
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of shared memory that a box spans."""
+        return self.box_bytes // (self.box[0] * self.item) * self.row_pitch
 
 
 @functools.lru_cache(maxsize=1024)

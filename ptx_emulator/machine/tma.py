@@ -8,10 +8,12 @@ from ..findings import DescriptorFault, Misaligned, OutOfBounds, Unmodelled
 from ..launch.tensormap import SWIZZLE_MASK, TILED, TensorMap
 from .memory import DEFINED, RESERVED_SMEM, GlobalMemory, SharedMemory, _WholeMemory
 
+NAN_FILL = 0x7FF7  # what an H200 fills bf16 with
+
 
 def check_map(tensor: TensorMap, coords: tuple[int, ...]) -> None:
     """Raise unless the machine can use this map with these coordinates."""
-    if tensor.kind != TILED or tensor.interleave or tensor.bits % 8:
+    if tensor.kind not in TILED or tensor.interleave or tensor.bits % 8:
         raise Unmodelled(f"a tensor map of kind {tensor.kind}, element {tensor.element}")
     if tensor.swizzle_atom:
         raise Unmodelled(f"a tensor map with swizzle atom {tensor.swizzle_atom}")
@@ -82,7 +84,9 @@ def read_box(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -
     """A box from global memory; outside of the tensor zeros, or NaN if the map says so."""
     box = np.zeros(box_shape(tensor), np.uint8)
     if tensor.nan_fill:
-        box[...] = 255
+        if tensor.item != 2:
+            raise Unmodelled(f"out-of-bounds fill with NaN of {tensor.element}")
+        box.view(np.uint16)[...] = NAN_FILL
     part = _view(memory, tensor, coords)
     if part is not None:
         box[_inside(tensor, coords)] = part
@@ -99,20 +103,26 @@ def write_box(
 
 
 @functools.lru_cache(maxsize=256)
-def swizzled_units(start: int, count: int, swizzle: int) -> np.ndarray:
-    """Positions in 16-byte units of `count` consecutive units from unit `start`."""
-    unit = np.arange(start, start + count)
-    return unit ^ ((unit >> 3) & SWIZZLE_MASK[swizzle])
+def swizzled_units(start: int, shape: tuple[int, int], pitch: int, swizzle: int) -> np.ndarray:
+    """Positions in 16-byte units of (rows, units in a row) from unit `start`, one after another."""
+    unit = start + np.arange(shape[0])[:, None] * pitch + np.arange(shape[1])
+    return (unit ^ ((unit >> 3) & SWIZZLE_MASK[swizzle])).ravel()
+
+
+def units_of(tensor: TensorMap, offset: int) -> np.ndarray:
+    """Where the 16-byte units of a box lie that is at a shared offset."""
+    inner = tensor.box[0] * tensor.item // 16
+    shape = tensor.box_bytes // 16 // inner, inner
+    return swizzled_units(offset // 16, shape, tensor.row_pitch // 16, tensor.swizzle)
 
 
 def put_box(smem: SharedMemory, tensor: TensorMap, offset: int, box: np.ndarray) -> None:
     """Write a box to shared memory in the map's swizzle."""
-    units = swizzled_units(offset // 16, box.size // 16, tensor.swizzle)
+    units = units_of(tensor, offset)
     smem.bytes.reshape(-1, 16)[units] = box.reshape(-1, 16)
-    smem.shadow[offset : offset + box.size] = DEFINED
+    smem.shadow.reshape(-1, 16)[units] = DEFINED
 
 
 def take_box(smem: SharedMemory, tensor: TensorMap, offset: int) -> np.ndarray:
     """Read a box from shared memory."""
-    units = swizzled_units(offset // 16, tensor.box_bytes // 16, tensor.swizzle)
-    return smem.bytes.reshape(-1, 16)[units].reshape(box_shape(tensor))
+    return smem.bytes.reshape(-1, 16)[units_of(tensor, offset)].reshape(box_shape(tensor))

@@ -1,5 +1,7 @@
 """Programs that copy, and keep shared memory: cp.async, bulk copies, TMA boxes in each swizzle."""
 
+import itertools
+
 import numpy as np
 
 from .programs import Map, Program, add, integers
@@ -143,21 +145,28 @@ def loads() -> None:
     boxes("rank 4", pages, [(0, (0, 0, 1, 0)), (512, (0, 2, 0, 4)), (1024, (0, 0, 1, 2))])
 
 
+STORES = {  # (shared offset, coordinates)
+    "inside": (0, "0, 2"),
+    "from another row": (384, "0, 9"),
+    "past the end": (1024, f"{INNER - 16}, {ROWS - 3}"),
+    "before the start": (512, "0, -2"),
+}
+
+
 def stores() -> None:
-    """Shared memory holds positions, and is stored through a map over the target."""
-    for swizzle in (0, 2, 3):
+    """Shared memory holds positions, and a box of it is stored through a map over the target."""
+    for swizzle, (name, (offset, at)) in itertools.product((0, 2, 3), STORES.items()):
         fill = cleared(2048)
-        for at in range(0, 2048, 512):
-            fill += f"ld.global.b32 %r42, [%rd4+{at}];\nst.shared.b32 [%r41+{1024 + at}], %r42;\n"
+        for part in range(0, 2048, 512):
+            fill += f"ld.global.b32 %r42, [%rd4+{part}];\nst.shared.b32 [%r41+{1024 + part}], %r42;\n"
         fill += "fence.proxy.async.shared::cta;\nbar.sync 0;\n"
         store = "mov.b64 %rd11, map;\ncvta.param.u64 %rd11, %rd11;\n"
-        for offset, at in ((0, "0, 2"), (1024, f"{INNER - 16}, {ROWS - 3}"), (384, "0, -2")):
-            store += "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
-            store += f"[%rd11, {{{at}}}], [%r1+{1024 + offset}];\n"
+        store += "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
+        store += f"[%rd11, {{{at}}}], [%r1+{1024 + offset}];\n"
         store += "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\n"
         map_ = Map((INNER, ROWS), (2 * INNER,), (SPAN[swizzle], 4), swizzle, over_target=True)
         add(
-            f"TMA store swizzle {swizzle}",
+            f"TMA store swizzle {swizzle}, {name}",
             Program(
                 fill + by_first(store, "stored"),
                 MATRIX,

@@ -78,7 +78,7 @@ class Worker:
         self.save()
 
 
-def run_programs(worker: Worker) -> None:
+def run_programs(worker: Worker, only: str) -> None:
     from . import all_programs
 
     card = Card()
@@ -93,10 +93,11 @@ def run_programs(worker: Worker) -> None:
             found["map"] = np.frombuffer(map_[8:64], np.uint8)
         return found
 
-    worker.run(list(programs), one, ONE_PROGRAM, lambda: card.check("cuCtxSynchronize"))
+    names = [name for name in programs if only in name]
+    worker.run(names, one, ONE_PROGRAM, lambda: card.check("cuCtxSynchronize"))
 
 
-def run_kernels(worker: Worker) -> None:
+def run_kernels(worker: Worker, only: str) -> None:
     import torch
 
     from . import kernels
@@ -109,7 +110,8 @@ def run_kernels(worker: Worker) -> None:
         worker.report["card"][f"seconds of {name}"] = round(time.perf_counter() - started, 1)
         return found
 
-    worker.run(list(kernels.CASES), one, ONE_KERNEL, torch.cuda.synchronize)
+    names = [name for name in kernels.CASES if only in name]
+    worker.run(names, one, ONE_KERNEL, torch.cuda.synchronize)
 
 
 def digest(words: np.ndarray) -> np.ndarray:
@@ -120,11 +122,11 @@ def digest(words: np.ndarray) -> np.ndarray:
 GROUPS = {"programs": run_programs, "kernels": run_kernels}
 
 
-def drive(folder: Path, group: str, deadline: float) -> None:
+def drive(folder: Path, group: str, only: str, deadline: float) -> None:
     """Start workers of a group until one comes to its end."""
     for number in range(20):
         command = [sys.executable, "-m", "tests.golden.record", str(folder)]
-        command += ["--group", group, "--part", str(number)]
+        command += ["--group", group, "--part", str(number), "--only", only]
         left = max(1.0, deadline - time.monotonic())
         try:
             status = subprocess.run(command, timeout=left).returncode
@@ -136,11 +138,17 @@ def drive(folder: Path, group: str, deadline: float) -> None:
             return
 
 
-def merge(folder: Path) -> dict[str, Any]:
-    """One file a group, and one report."""
+def merge(folder: Path, only: str) -> dict[str, Any]:
+    """One file a group, and one report; with `only`, added to those that are there."""
     report: dict[str, Any] = {"card": {}, "errors": {}}
+    if only and (folder / "report.json").exists():
+        report = json.loads((folder / "report.json").read_text())
+        kept = {name: why for name, why in report["errors"].items() if only not in name}
+        report["errors"] = kept
     for group in GROUPS:
         results: dict[str, np.ndarray] = {}
+        if only and (folder / f"{group}.xz").exists():
+            results = store.load(folder / f"{group}.xz")
         for last in folder.glob(f"parts/{group}-*.now"):
             if not last.with_suffix(".json").exists():
                 report["errors"][last.read_text()] = "the process died"
@@ -164,24 +172,28 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--group", choices=GROUPS, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="only what has this in its name; the rest stays")
     parser.add_argument("--seconds", type=float, default=150, help="stop after this time")
     options = parser.parse_args()
     (options.folder / "parts").mkdir(parents=True, exist_ok=True)
     if options.group:
-        GROUPS[options.group](Worker(options.folder, options.group, options.part))
+        worker = Worker(options.folder, options.group, options.part)
+        GROUPS[options.group](worker, options.only)
         return 0
     for stale in options.folder.glob("parts/*"):
         stale.unlink()
     started = time.monotonic()
     threads = [
-        threading.Thread(target=drive, args=(options.folder, group, started + options.seconds))
+        threading.Thread(
+            target=drive, args=(options.folder, group, options.only, started + options.seconds)
+        )
         for group in GROUPS
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    report = merge(options.folder)
+    report = merge(options.folder, options.only)
     print(json.dumps(report, indent=1))
     print(f"{time.monotonic() - started:.0f} s")
     return int(bool(report["errors"]))

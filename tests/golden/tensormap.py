@@ -4,7 +4,7 @@ import struct
 
 from .programs import Map
 
-TILED, BF16, ITEM = 2, 10, 2
+TILED, BF16 = 0, 10  # as the driver encodes them
 
 
 def encode(map_: Map, address: int) -> bytes:
