@@ -15,6 +15,7 @@ from .machine.machine import Machine
 from .machine.memory import GlobalMemory
 from .machine.scheduler import Scheduler
 from .ptx.program import load
+from .trace import Trace
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Session:
     findings: Findings
     allocations: Allocations = field(default_factory=Allocations)
     runs: list[Run] = field(default_factory=list)
+    trace: Trace | None = None
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a compiled CuTe DSL function with CPU tensors (also in tuples and dataclasses).
@@ -71,12 +73,18 @@ class Session:
             Scheduler(self.schedule),
             self.findings,
         )
+        watch = self.trace.watch(machine) if self.trace is not None else None
         start = time.perf_counter()
-        machine.run()
+        try:
+            machine.run()
+        finally:
+            found = roles(machine)
+            if watch is not None:
+                watch.close(found)
         sizes = [len(block.code) + 1 for block in program.flow.blocks]
         issued = sum(n * size for n, size in zip(machine.block_counts, sizes, strict=False))
         seconds = time.perf_counter() - start
-        self.runs.append(Run(launch.kernel, issued, seconds, roles(program, machine.warp_counts)))
+        self.runs.append(Run(launch.kernel, issued, seconds, found))
 
     @property
     def instructions(self) -> int:
@@ -94,6 +102,7 @@ def session(
     collect: bool = False,
     strict: bool = False,
     races: bool = True,
+    trace: Trace | None = None,
 ) -> Iterator[Session]:
     """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
 
@@ -103,12 +112,14 @@ def session(
         collect: keep reportable findings in `findings` and go on, instead of raising.
         strict: a read of shared memory that nothing wrote is a fault, not a NaN.
         races: report accesses to shared memory that nothing orders; without it runs are faster.
+        trace: keep what each warp does, for Perfetto.
     """
     host = bootstrap()
     card = card_of(arch)
     host.set_device(card.major, card.minor, card.num_sms)
     host.set_arch(card.arch)
-    emulated = Session(card, schedule, host, Findings(collect, strict, races))
+    findings = Findings(collect, strict, races)
+    emulated = Session(card, schedule, host, findings, trace=trace)
     before, host.on_launch = host.on_launch, emulated.launch
     try:
         yield emulated

@@ -80,6 +80,25 @@ def make_inputs(case: Case) -> Inputs:
     )
 
 
+def hides(case: Case, sq: int, sk: int) -> Tensor:
+    """(sq, sk): whether a query must not see a key."""
+    distance = torch.arange(sk) - (torch.arange(sq)[:, None] + sk - sq)
+    hidden = torch.zeros(sq, sk, dtype=torch.bool)
+    if case.left is not None:
+        hidden |= distance < -case.left
+    if case.right is not None:
+        hidden |= distance > case.right
+    return hidden
+
+
+def visible(case: Case, inputs: Inputs) -> int:
+    """Scores that count, over all heads and sequences."""
+    pairs = 0
+    for _, q, k, _ in inputs.sequences():
+        pairs += int((~hides(case, len(q), len(k))).sum())
+    return pairs * case.heads
+
+
 def attention(
     case: Case, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -91,12 +110,7 @@ def attention(
     if case.softcap:
         scores = case.softcap * torch.tanh(scores / case.softcap)
     sq, sk = scores.shape[-2:]
-    distance = torch.arange(sk) - (torch.arange(sq)[:, None] + sk - sq)
-    hidden = torch.zeros(sq, sk, dtype=torch.bool)
-    if case.left is not None:
-        hidden |= distance < -case.left
-    if case.right is not None:
-        hidden |= distance > case.right
+    hidden = hides(case, sq, sk)
     scores = scores.masked_fill(hidden, -torch.inf)
     blind = hidden.all(-1)  # also if there is no key
     if sink is not None:

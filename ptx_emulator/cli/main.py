@@ -9,17 +9,20 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import bootstrap, session
+from .. import Session, bootstrap, session
 from ..counters import as_dicts, as_table
 from ..findings import EmulationError
-from .case import Case, Verdict, judge, make_inputs
+from ..trace import Trace
+from .case import Case, Inputs, Verdict, judge, make_inputs, visible
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 OK, WRONG, REFUSED = 0, 1, 2
+TILE, TILE_NAME = 128 * 128, "128 x 128 visible scores"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--page-size", type=int, help="keys and values in pages of this many tokens")
     p.add_argument("--num-splits", type=int, default=1)
     p.add_argument("--seed", type=int, default=0, help="of the inputs")
-    p.add_argument("--counters", action="store_true", help="issue slots by pipe and warp role")
+    p.add_argument("--counters", action="store_true", help="slots, bytes and waits by warp role")
+    p.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto")
     p.add_argument("--schedule", type=int, default=0, help="seed of all choices of order")
     return p
 
@@ -93,7 +97,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     case = case_of(options)
     inputs = make_inputs(case)
     finding, verdict = None, Verdict(ok=False)
-    with session(options.arch, options.schedule, strict=options.kernel == "ours") as emulator:
+    trace = Trace() if options.trace else None
+    strict = options.kernel == "ours"
+    with session(options.arch, options.schedule, strict=strict, trace=trace) as emulator:
         try:
             verdict = judge(case, inputs, *forward(emulator, case, inputs))
         except EmulationError as error:
@@ -112,10 +118,21 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if finding is not None:
         report["finding"] = finding
     if options.counters:
-        for launch in emulator.runs:
-            print(as_table(launch.roles))
-        report["counters"] = [as_dicts(launch.roles) for launch in emulator.runs]
+        report |= count(emulator, case, inputs)
+    if trace is not None:
+        trace.write(options.trace)
+        report["trace"] = str(options.trace)
     return OK if verdict.ok else WRONG, report
+
+
+def count(emulator: Session, case: Case, inputs: Inputs) -> dict[str, Any]:
+    """Print a table for each launch, per tile, and return all counters for JSON."""
+    tiles = visible(case, inputs) / TILE
+    for launch in emulator.runs:
+        print(f"{launch.kernel}: per {TILE_NAME}, of which there are {tiles:.2f}")
+        print(as_table(launch.roles, max(tiles, 1e-9)))
+    launches = [{"kernel": x.kernel, "roles": as_dicts(x.roles)} for x in emulator.runs]
+    return {"tiles": tiles, "counters": launches}
 
 
 def finite(value: float) -> float | None:

@@ -29,6 +29,11 @@ def issuing(g: Gang, mask: Any) -> np.ndarray:
     return np.arange(g.lanes) if lanes is None else lanes
 
 
+def count(g: Gang, lane: int, nbytes: int) -> None:
+    """Add to what the warp of a lane let TMA move."""
+    g.cta.machine.traffic["tma"][g.warps[lane // 32]] += nbytes
+
+
 def at_lane(value: Any, lane: int) -> int:
     return int(value[lane]) if isinstance(value, np.ndarray) and value.ndim else int(value)
 
@@ -111,6 +116,7 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
             signal = owner.mbarrier((owner.rank << 24) | bar_offset)
             run = _load(g, (tensor, at), (place.smem, offset), signal)
             op = AsyncOp("TMA load", run, owner=place)
+            count(g, int(lane), tensor.box_bytes)
             op.mark = note_load(g, int(lane), units)
             g.cta.machine.queue.add(_told(op, g, signal))
 
@@ -166,6 +172,7 @@ def issue_store(g: Gang, operands: tuple[Any, ...], operation: str | None, mask:
     """Tiled store, or reduction, from this CTA's shared memory."""
     target, coords, source = operands
     memory = g.cta.machine.memory
+    counted: set[tuple[Any, ...]] = set()
     for lane in issuing(g, mask):
         tensor = tensor_map(g, at_lane(target, lane))
         at = tuple(at_lane(c, lane) for c in coords)
@@ -173,6 +180,9 @@ def issue_store(g: Gang, operands: tuple[Any, ...], operation: str | None, mask:
         cta, offset = g.cta.locate(at_lane(source, lane))
         tma.check_destination(cta.smem, offset, tensor.footprint)
         op = AsyncOp("TMA store", _nothing, owner=g.cta)
+        if (lane // 32, offset, at) not in counted:  # a warp's store is issued once
+            counted.add((lane // 32, offset, at))
+            count(g, int(lane), tensor.box_bytes)
         op.mark = note_store(g, int(lane), tma.units_of(tensor, offset))
         _bind_store(op, (memory, cta.smem), (tensor, at, offset), operation)
         g.bulk.append(g.cta.machine.queue.add(op))
@@ -246,6 +256,7 @@ def issue_flat_load(g: Gang, operands: tuple[Any, ...], from_global: bool, mask:
         cta.smem.shadow[offset : offset + nbytes] = IN_FLIGHT
         run = _flat_load(g, (cta.smem, offset), (source, nbytes, from_global), barrier)
         op = AsyncOp("bulk load", run, owner=cta)
+        count(g, int(lane), nbytes)
         op.mark = note_load(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
         g.cta.machine.queue.add(_told(op, g, g.cta.mbarrier(barrier)))
 
@@ -277,6 +288,7 @@ def issue_flat_store(g: Gang, operands: tuple[Any, ...], kind: str | None, mask:
         cta, offset = g.cta.locate(source & 0xFFFFFFFF)
         cta.smem.check(np.array([offset]), nbytes, 1, "cp.async.bulk")
         op = AsyncOp("bulk store", _nothing, owner=g.cta)
+        count(g, int(lane), nbytes)
         op.mark = note_store(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
         _bind_flat_store(op, g, (target, cta.smem, offset, nbytes), kind)
         g.bulk.append(g.cta.machine.queue.add(op))

@@ -68,6 +68,7 @@ class Gang:
     def block(self, pc: int, reason: str) -> int:
         """Stop at block `pc` until something wakes the gang."""
         self.pc, self.ready, self.reason = pc, False, reason
+        self.cta.machine.times_blocked[self.warps] += 1
         return BLOCKED
 
     def spin(self, again: Any, after: int, here: int) -> int:

@@ -50,6 +50,9 @@ class Machine:
         self.ctas: list[Cta] = []
         self.block_counts = [0] * (program.flow.exit + 1)
         self.warp_counts = np.zeros((program.flow.exit + 1, self.num_warps), np.int64)
+        kinds = ("shared", "tmem", "tma")
+        self.traffic = {kind: np.zeros(self.num_warps, np.int64) for kind in kinds}  # bytes
+        self.times_blocked = np.zeros(self.num_warps, np.int64)
         self.started = clock.perf_counter()
         self._check_launch()
 

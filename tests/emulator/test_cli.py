@@ -18,8 +18,8 @@ def test_report(capsys):
     arguments = "--arch sm120a --dtype bf16 --heads 2 --kv-heads 1 --seqlen-q 70 --seqlen-k 90"
     status, report = run(capsys, *arguments.split(), "--causal", "--schedule", "3", "--counters")
     # 70 query rows are the work of three warps.
-    (roles,) = report["counters"]
-    names = {role["name"]: len(role["warps"]) for role in roles}
+    (launch,) = report["counters"]
+    names = {role["name"]: len(role["warps"]) for role in launch["roles"]}
     assert names["compute"] == 3 and names["load"] == 1
     assert status == OK and report["ok"] and report.keys() >= KEYS
     assert 0 < report["max_abs_err"] <= report["limit"] and report["schedule"] == 3

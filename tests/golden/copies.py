@@ -158,7 +158,9 @@ def stores() -> None:
     for swizzle, (name, (offset, at)) in itertools.product((0, 2, 3), STORES.items()):
         fill = cleared(2048)
         for part in range(0, 2048, 512):
-            fill += f"ld.global.b32 %r42, [%rd4+{part}];\nst.shared.b32 [%r41+{1024 + part}], %r42;\n"
+            fill += (
+                f"ld.global.b32 %r42, [%rd4+{part}];\nst.shared.b32 [%r41+{1024 + part}], %r42;\n"
+            )
         fill += "fence.proxy.async.shared::cta;\nbar.sync 0;\n"
         store = "mov.b64 %rd11, map;\ncvta.param.u64 %rd11, %rd11;\n"
         store += "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
