@@ -39,6 +39,7 @@ class Session:
     allocations: Allocations = field(default_factory=Allocations)
     runs: list[Run] = field(default_factory=list)
     trace: Trace | None = None
+    hardware_sums: bool = False
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a compiled CuTe DSL function with CPU tensors (also in tuples and dataclasses).
@@ -73,6 +74,7 @@ class Session:
             Scheduler(self.schedule),
             self.findings,
         )
+        machine.hardware_sums = self.hardware_sums
         watch = self.trace.watch(machine) if self.trace is not None else None
         start = time.perf_counter()
         try:
@@ -103,6 +105,7 @@ def session(
     strict: bool = False,
     races: bool = True,
     trace: Trace | None = None,
+    hardware_sums: bool = False,
 ) -> Iterator[Session]:
     """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
 
@@ -113,6 +116,8 @@ def session(
         strict: a read of shared memory that nothing wrote is a fault, not a NaN.
         races: report accesses to shared memory that nothing orders; without it runs are faster.
         trace: keep what each warp does, for Perfetto.
+        hardware_sums: let mma.sync and wgmma add f16 and bf16 products bit for bit as an H200 does,
+            not in float64; slower.
     """
     host = bootstrap()
     card = card_of(arch)
@@ -120,6 +125,7 @@ def session(
     host.set_arch(card.arch)
     findings = Findings(collect, strict, races)
     emulated = Session(card, schedule, host, findings, trace=trace)
+    emulated.hardware_sums = hardware_sums
     before, host.on_launch = host.on_launch, emulated.launch
     try:
         yield emulated

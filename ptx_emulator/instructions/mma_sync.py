@@ -2,8 +2,8 @@
 
 D = A B + C with the products and their sum of one instruction exact in float64 and one rounding,
 to nearest even, to fp32: one step an instruction, k ascending. Integers are exact.
-(Hardware keeps a few bits beyond fp32 and truncates; the difference is below one ulp of the largest
-term a step.) Fragments are converted once a block and accumulators stay matrices between products.
+With `session(hardware_sums=True)` f16 and bf16 are added as an H200 does; see machine/sums.py.
+Fragments are converted once a block and accumulators stay matrices between products.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..findings import Unmodelled
+from ..machine import sums
 from ..machine.formats import FORMATS
 from ..machine.gang import Gang
 from ..ptx.emit import Emitter, Value
@@ -59,11 +60,15 @@ def element(matrix: np.ndarray, index: int) -> np.ndarray:
     return np.ascontiguousarray(table[:, index // 2, :, :, index % 2]).ravel()
 
 
-def product(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def product(g: Gang, format: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    if g.cta.machine.hardware_sums and format in sums.KNOWN:
+        return sums.step(a, b, c.astype(np.float64), FORMATS[format].smallest)
     return (np.matmul(a, b) + c).astype(np.float32)
 
 
-def integer_product(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def integer_product(
+    g: Gang, format: str, a: np.ndarray, b: np.ndarray, c: np.ndarray
+) -> np.ndarray:
     """Exact in float64; the sum wraps."""
     return np.matmul(a, b).astype(np.int32) + c
 
@@ -95,7 +100,8 @@ def mma(e: Emitter, ins: Instruction) -> None:
     left = _fragment(e, fragment_a, a, first)
     right = _fragment(e, fragment_b, b, second)
     function = product if kind == "f32" else integer_product
-    result = e.temp(e.call(function, left, right, _accumulator(e, c, kind)))
+    added_to = _accumulator(e, c, kind)
+    result = e.temp(e.call(function, "g", repr(first), left, right, added_to))
     owner = object()
     for index, item in enumerate(d):
         value = Value()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..findings import DescriptorFault, Unmodelled
+from ..machine import sums
 from ..machine.async_ops import AsyncOp
 from ..machine.descriptors import decode, operand
 from ..machine.formats import FORMATS
@@ -98,12 +99,15 @@ def issue(
             ]
             first = np.stack(parts)
         seconds = {d: operand(smem, d, (0, n), trans_b, second_format).T for d in set(right)}
-        if len(seconds) == 1:
-            total = np.matmul(first, seconds[right[0]])
-        else:
-            total = np.matmul(first, np.stack([seconds[d] for d in right]))
+        second = seconds[right[0]] if len(seconds) == 1 else np.stack([seconds[d] for d in right])
+        added = 0.0
         if accumulate.any():
-            total += np.where(accumulate[:, None, None], gather(old, count), 0.0)
+            added = np.where(accumulate[:, None, None], gather(old, count), 0.0)
+        if g.cta.machine.hardware_sums and kinds[0] in sums.KNOWN:
+            start = np.broadcast_to(added, (*first.shape[:-1], n))
+            total = sums.step(first, second, start, first_format.smallest)
+        else:
+            total = np.matmul(first, second) + added
         table = total.astype(dtype).reshape(-1, 2, 8, n // 8, 4, 2)
         result[:] = table.transpose(3, 1, 5, 0, 2, 4).reshape(n // 2, -1)
 

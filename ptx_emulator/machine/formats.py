@@ -30,6 +30,11 @@ class Format:
         """Elements in 16 bytes."""
         return 16 // self.container
 
+    @property
+    def smallest(self) -> int:
+        """The exponent of denormals."""
+        return 1 - self.bias
+
     @functools.cached_property
     def table(self) -> np.ndarray:
         """The value of each code of a format of at most 8 bits."""

@@ -34,6 +34,7 @@ class Machine:
         findings: Findings,
     ) -> None:
         self.strict = findings.strict
+        self.hardware_sums = False
         self.launch = launch
         self.program = program
         self.card = card

@@ -25,7 +25,7 @@ def _same_bits(card: np.ndarray, emulated: np.ndarray, values: Callable) -> np.n
     return (card == emulated) | both_nan
 
 
-def _ordinal(halves: np.ndarray) -> np.ndarray:
+def ordinal(halves: np.ndarray) -> np.ndarray:
     """Position among representable values; both zeros are at 0."""
     bits = halves.astype(np.int64)
     return np.where(bits & 0x8000, -(bits & 0x7FFF), bits)
@@ -51,7 +51,7 @@ def agree(rule: str, card: np.ndarray, emulated: np.ndarray) -> np.ndarray:
     if kind in ("bf16x2", "f16x2"):
         x, y = card.view(np.uint16), emulated.view(np.uint16)
         same = _same_bits(x, y, lambda halves: _as_float(halves, kind))
-        return same | (np.abs(_ordinal(x) - _ordinal(y)) <= int(number)) if number else same
+        return same | (np.abs(ordinal(x) - ordinal(y)) <= int(number)) if number else same
     if kind == "relative":
         share = 2.0 ** float(number.removeprefix("2^"))
         return _near(card, emulated, lambda size: np.maximum(share * size, SMALLEST))

@@ -37,7 +37,7 @@ def run(program: Program, schedule: int = 0) -> tuple[np.ndarray, bytes]:
         params=(*(a.to_bytes(8, "little") for a in addresses), map_),
         attributes=(),
     )
-    with ptx_emulator.session(ARCH, schedule=schedule) as emulator:
+    with ptx_emulator.session(ARCH, schedule=schedule, hardware_sums=True) as emulator:
         for words in (source, target):
             emulator.allocations.add(words.ctypes.data, words.nbytes, words)
         emulator.launch(launch)

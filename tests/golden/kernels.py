@@ -126,7 +126,7 @@ def emulated(case: Case, schedule: int = 0) -> dict[str, np.ndarray]:
 
     from ..emulator import upstream
 
-    with ptx_emulator.session(ARCH, schedule=schedule) as emulator:
+    with ptx_emulator.session(ARCH, schedule=schedule, hardware_sums=True) as emulator:
         if case.kernel == "ours":
             with kernels_on(emulator) as forward:
                 return result(*ours(case, forward, "cpu"))
