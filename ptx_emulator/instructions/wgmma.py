@@ -100,7 +100,7 @@ def issue(
             first = np.stack(parts)
         seconds = {d: operand(smem, d, (0, n), trans_b, second_format).T for d in set(right)}
         second = seconds[right[0]] if len(seconds) == 1 else np.stack([seconds[d] for d in right])
-        added = 0.0
+        added: Any = 0.0
         if accumulate.any():
             added = np.where(accumulate[:, None, None], gather(old, count), 0.0)
         if g.cta.machine.hardware_sums and kinds[0] in sums.KNOWN:

@@ -30,14 +30,41 @@ def test_report(capsys):
     [
         ("--arch sm100a", "no kernel of this repository"),
         ("--arch sm13", "not emulated"),
-        ("--num-splits 2", "num_splits=2"),
-        ("--page-size 64", "page_table"),
         ("--softcap 10", "softcap=10"),
         ("--sink", "learnable_sink"),
-        ("--head-dim-v 64", "head_dim_v=64"),
         ("--heads 3 --kv-heads 2", "no multiple"),
     ],
 )
 def test_refusals(capsys, arguments, reason):
     status, report = run(capsys, *arguments.split())
     assert status == REFUSED and not report["ok"] and reason in report["refused"]
+
+
+SMALL = "--seqlen-q 33 --seqlen-k 150 --head-dim 64 --heads 2 --kv-heads 1"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--window 20 5 --dtype fp16",
+        "--window -1 3",
+        "--varlen --batch 3 --causal",
+        "--page-size 64 --batch 2",
+        "--num-splits 2",
+        "--head-dim-v 72",
+    ],
+)
+def test_options(capsys, arguments):
+    """Each option reaches the kernel: the exact answer of the report's oracle depends on it."""
+    status, report = run(capsys, *SMALL.split(), *arguments.split())
+    assert status == OK and report["ok"], report
+    assert 0 < report["max_abs_err"] <= report["limit"]
+
+
+def test_trace(capsys, tmp_path):
+    file = tmp_path / "trace.json"
+    status, report = run(capsys, *SMALL.split(), "--trace", str(file))
+    events = json.loads(file.read_text())["traceEvents"]
+    assert status == OK and report["trace"] == str(file)
+    assert any(event["name"].startswith("wait: parity") for event in events)
+    assert any(event["name"] == "TMA load" and event["ph"] == "e" for event in events)
