@@ -89,8 +89,11 @@ class Case:
 
     @property
     def decodes(self) -> bool:
-        """Whether the GPU's decode kernel answers; it takes every head dimension here."""
-        return self.num_splits > 1 or self.layout.startswith("paged")
+        """Whether the GPU's decode kernel answers."""
+        few = max(self.seqlens_q, default=0) * self.heads // self.heads_kv <= 128
+        return (
+            self.num_splits > 1 or self.layout.startswith("paged") or (self.num_splits == 0 and few)
+        )
 
     def missing_on_gpu(self) -> str | None:
         """Pattern of the arguments that the GPU kernels refuse, None if they answer this case."""
@@ -303,6 +306,45 @@ def _pages() -> Iterator[Case]:
             )
 
 
+def _decode() -> Iterator[Case]:
+    """Few queries against many keys; 0 splits: the plan decides for the card."""
+    for splits, (mask, args) in product((0, 3), MASKS.items()):
+        for sq in (1, 5):
+            yield Case(
+                name=f"sq{sq}_{mask}_splits{splits}", seqlens_q=(sq,) * 2, seqlens_k=(1500,) * 2,
+                num_splits=splits, **args,
+            )  # fmt: skip
+    # Groups of 1 to 128 heads; 16, 17, 32 and 33 packed rows; row tiles beyond the first.
+    for heads, heads_kv, sq in (
+        (2, 2, 1), (7, 1, 2), (16, 1, 1), (17, 1, 1), (32, 8, 8), (33, 1, 1), (128, 1, 1),
+    ):  # fmt: skip
+        yield Case(
+            name=f"h{heads}_{heads_kv}_sq{sq}", heads=heads, heads_kv=heads_kv, seqlens_q=(sq,),
+            seqlens_k=(700,), num_splits=0, causal=True,
+        )  # fmt: skip
+    for d, d_v in ((40, 40), (64, 64), (96, 96), (192, 128), (256, 256)):
+        for dtype in HALF_DTYPES:
+            yield Case(
+                name=f"d{d}_{d_v}_{str(dtype)[6:]}", d=d, d_v=d_v, dtype=dtype, seqlens_q=(2,),
+                seqlens_k=(3000,), num_splits=0, causal=True,
+            )  # fmt: skip
+    ragged = (1, 9000, 0, 64, 65, 300, 5000)
+    for splits in (0, 64):
+        yield Case(
+            name=f"ragged_splits{splits}", layout="varlen", seqlens_q=(1,) * 7, seqlens_k=ragged,
+            num_splits=splits, causal=True,
+        )  # fmt: skip
+        yield Case(
+            name=f"cache_splits{splits}", seqlens_q=(1,) * 7, seqlens_k=(9000,) * 7, used_k=ragged,
+            layout="varlen", num_splits=splits, causal=True,
+        )  # fmt: skip
+    for size in (16, 128):
+        yield Case(
+            name=f"page{size}", layout="paged_dense", page_size=size, seqlens_q=(1,) * 7,
+            seqlens_k=(9000,) * 7, used_k=ragged, num_splits=0, causal=True,
+        )  # fmt: skip
+
+
 # --- everything that is not in every kernel -------------------------------------------------------
 
 
@@ -344,6 +386,7 @@ VARLEN = tuple(_varlen())
 USED = tuple(_used())
 STRIDES = tuple(_strides())
 PAGES = tuple(_pages())
+DECODE = tuple(_decode())
 FEATURES = tuple(_features())
 
 FAMILIES = {
@@ -359,5 +402,6 @@ FAMILIES = {
     "used": USED,
     "strides": STRIDES,
     "pages": PAGES,
+    "decode": DECODE,
     "features": FEATURES,
 }

@@ -1,6 +1,6 @@
 """Compile every kernel that the plans can ask of one variant, without a GPU.
 
-usage: python -m tests.cross_compile VARIANT DIRECTORY
+usage: python -m tests.cross_compile VARIANT DIRECTORY [decode]
 
 Writes DIRECTORY/<name>.ptx and .cubin for each key and DIRECTORY/keys.json. A process of its own,
 because CuTe DSL reads what it is to keep when it is imported.
@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
 import torch
 
+from flash_attn4_cute.decode_plan import DecodeKey
+from flash_attn4_cute.decode_tiles import DECODE_ROWS
 from flash_attn4_cute.plan import BandRule, ForwardKey, forward_rows
 from flash_attn4_cute.problem import Layout
 
@@ -52,15 +54,38 @@ def keys(variant: str) -> dict[str, ForwardKey]:
     return found
 
 
-def main(variant: str, directory: Path) -> None:
+def decode_keys(variant: str) -> dict[str, DecodeKey]:
+    """A key a row: pages, split keys and both bounds; and the least, for the first row."""
+    most = {
+        "dtype": torch.bfloat16, "rule": BandRule(True, True), "q_layout": Layout.VARLEN,
+        "kv_layout": Layout.PAGED, "box_n": 16, "is_split": True, "has_seqused_q": True,
+        "has_seqused_k": True, "has_kv_batch_idx": False, "has_lse": True,
+    }  # fmt: skip
+    least = dict.fromkeys(most, False) | {
+        "dtype": torch.float16, "rule": BandRule(False, False), "q_layout": Layout.DENSE,
+        "kv_layout": Layout.DENSE, "box_n": None,
+    }  # fmt: skip
+    found = {}
+    for configs in DECODE_ROWS.values():
+        for cfg in configs:
+            for name, choice in (("most", most), ("least", least))[: 1 + (not found)]:
+                d = cfg.head_dim
+                found[f"{variant}_d{d}_{cfg.rows}_{name}"] = DecodeKey(
+                    variant=variant, cfg=cfg, head_dim=d, head_dim_v=d, **choice
+                )
+    return found
+
+
+def main(variant: str, directory: Path, kernels: str = "forward") -> None:
     from flash_attn4_cute.compiler import compile_kernel
 
-    for name, key in keys(variant).items():
+    wanted = {"forward": keys, "decode": decode_keys}[kernels](variant)
+    for name, key in wanted.items():
         kernel = compile_kernel(key)
         (directory / f"{name}.ptx").write_text(kernel.__ptx__)
         (directory / f"{name}.cubin").write_bytes(kernel.__cubin__)
-    (directory / "keys.json").write_text(json.dumps(sorted(keys(variant))))
+    (directory / "keys.json").write_text(json.dumps(sorted(wanted)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,110 @@
+"""Few queries against many keys: split keys, packed heads, graphs that replay at other lengths."""
+
+import random
+
+import pytest
+import torch
+
+from . import acceptance, cases, harness
+from .cases import BF16, Case
+from .oracle import Rule
+
+
+@pytest.mark.parametrize("case", cases.DECODE, ids=str)
+def test_decode(fa4, device, case):
+    harness.verify(fa4, case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [2, 4, 19])
+def test_rows_do_not_depend_on_the_batch(fa4, device, splits):
+    """At a number of splits that the caller fixes, each sequence alone gives the batch's bits."""
+    lengths = (3000, 1, 777, 64)
+    case = Case(
+        name="batch", layout="varlen", seqlens_q=(1,) * 4, seqlens_k=(3000,) * 4, used_k=lengths,
+        num_splits=splits, causal=True,
+    )  # fmt: skip
+    call = harness.build(case, device)
+    answer = harness.run(fa4, call)
+    for b, (q, k, v) in enumerate(zip(*call.sequences, strict=True)):
+        alone = fa4.flash_attn_func(
+            q[None], k[None], v[None], causal=True, num_splits=splits, return_lse=True
+        )
+        assert torch.equal(alone[0][0], answer.outs[b])
+        assert torch.equal(alone[1][0], answer.lses[b])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["dense", "paged"])
+def test_fa2229_repeats_are_bitwise_equal(fa4, device, layout):
+    """1000 launches, split and merged, give the same bits."""
+    q, cache, lengths, table = step(device, layout, batch=5, capacity=4096)
+    lengths.copy_(torch.tensor([4096, 0, 1, 2500, -1], dtype=torch.int32))
+
+    def call():
+        return fa4.flash_attn_with_kvcache(
+            q, *cache, cache_seqlens=lengths, block_table=table, causal=True, num_splits=7
+        )
+
+    first = call()
+    differs = torch.zeros((), dtype=torch.bool, device=device)
+    for _ in range(1000):
+        differs |= (call().view(torch.int16) != first.view(torch.int16)).any()
+    assert not differs
+
+
+def step(device: torch.device, layout: str, batch: int, capacity: int):
+    """q (b, 1, 8, 64), (k, v) of 2 heads, lengths, and a table of shuffled pages or None."""
+    gen = torch.Generator(device).manual_seed(0)
+    size, tables = 16, None
+    shape = (batch, capacity, 2, 64)
+    if layout == "paged":
+        pages = batch * capacity // size
+        shape = (pages, size, 2, 64)
+        order = torch.randperm(pages, generator=gen, device=device)
+        tables = order.to(torch.int32).view(batch, capacity // size)
+    q = torch.randn(batch, 1, 8, 64, generator=gen, device=device).to(BF16)
+    cache = [torch.randn(shape, generator=gen, device=device).to(BF16) for _ in range(2)]
+    return q, cache, torch.empty(batch, dtype=torch.int32, device=device), tables
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["dense", "paged"])
+def test_fi4002_one_graph_replays_at_fifty_lengths(fa4, device, layout):
+    """fi#4002: captured at one length, replayed at others, longer, 0 and -1 included."""
+    batch, capacity = 6, 2048
+    q, cache, lengths, table = step(device, layout, batch, capacity)
+    lengths.fill_(100)
+
+    def call():
+        return fa4.flash_attn_with_kvcache(
+            q, *cache, cache_seqlens=lengths, block_table=table, causal=True, return_lse=True
+        )
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = call()
+    draw = random.Random(0)
+    edges = [[-1] * batch, [0] * batch, [capacity] * batch, [1, 63, 64, 65, 0, -1]]
+    for replay in range(50):
+        wanted = edges[replay] if replay < len(edges) else None
+        wanted = wanted or [draw.randint(-1, capacity) for _ in range(batch)]
+        lengths.copy_(torch.tensor(wanted, dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        eager_out, eager_lse = call()
+        assert torch.equal(out, eager_out) and torch.equal(lse, eager_lse)
+        if replay < 8:
+            check_step(q, cache, table, wanted, (out, lse))
+
+
+def check_step(q, cache, table, lengths: list[int], answer) -> None:
+    """Each sequence of one step against the oracle."""
+    for b, length in enumerate(max(n, 0) for n in lengths):
+        if table is None:
+            k, v = (x[b, :length] for x in cache)
+        else:
+            k, v = (x[table[b].long()].flatten(0, 1)[:length] for x in cache)
+        ref = acceptance.reference(q[b], k, v, Rule(causal=True), b)
+        acceptance.check(answer[0][b], answer[1][b], ref, f"sequence {b} of length {length}")
