@@ -7,16 +7,36 @@ replaces a function of CuTe DSL by one that cannot take a dataclass across the h
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Uint32
+
+
+class ScoreArgs(NamedTuple):
+    """The numbers of the steps of a ScoreRule; those of an absent step are not read.
+
+    `mAlibi` (b, h) float32; `mSink` (h,); `mDropoutState` (2,) int64, the Philox seed and offset.
+    An element is kept if its random word is at least `dropout_threshold`, and then counts
+    `keep_scale` times.
+    """
+
+    scale: Float32
+    softcap: Float32
+    mAlibi: cute.Tensor | None
+    mSink: cute.Tensor | None
+    mDropoutState: cute.Tensor | None
+    dropout_threshold: Uint32
+    keep_scale: Float32
+    aux_tensors: tuple | None
 
 
 class ForwardArgs(NamedTuple):
     """Run-time arguments of one forward launch, in the layouts that PyTorch users pass.
 
     `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d) or (total_k, h_k, d);
-    `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `window_left` and `window_right`
-    are read only where the mask rule has that bound. `max_ctas` bounds the grid: fewer
-    CTAs than tiles compute several each.
+    `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `mKvRow` (b,) is the row of dense
+    K and V that belongs to each sequence, `mLeftPad` (b,) the first key that counts in it.
+    `softmax_scale` is the factor in the exponentials; `score` is None without steps before them.
+    `window_left` and `window_right` are read only where the mask rule has that bound. `max_ctas`
+    bounds the grid: fewer CTAs than tiles compute several each.
     """
 
     mQ: cute.Tensor
@@ -28,11 +48,14 @@ class ForwardArgs(NamedTuple):
     mCuSeqlensK: cute.Tensor | None
     mSeqUsedQ: cute.Tensor | None
     mSeqUsedK: cute.Tensor | None
+    mKvRow: cute.Tensor | None
+    mLeftPad: cute.Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32
     max_seqlen_q: Int32
     max_ctas: Int32
+    score: ScoreArgs | None
 
 
 class AppendArgs(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from .decode_tiles import DECODE_ROWS, DecodeConfig
 from .device import FAMILIES, Card
 from .problem import AttentionProblem, Layout
+from .rules import steps_beside_band
 from .splits import MAX_SPLITS, choose_splits
 
 
@@ -76,6 +77,8 @@ def decodes(p: AttentionProblem) -> bool:
 
     num_splits=1 asks for results that do not depend on the number of queries, so for one kernel.
     """
+    if steps_beside_band(p):
+        return False
     asked = p.num_splits > 1 or p.pack_gqa or p.has_kv_batch_idx or p.kv_layout is Layout.PAGED
     return bool(asked) or (p.num_splits == 0 and packed_rows(p) <= MAX_PACKED_ROWS)
 

@@ -1,11 +1,21 @@
 """Launches the planned kernel on the tensors of one call."""
 
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor
 
 from . import compiler
 from .decode_plan import DecodeKey
-from .plan import Plan, make_plan
-from .problem import AttentionProblem, AttentionTensors, is_aligned
+from .plan import ForwardKey, Plan, make_plan
+from .problem import AttentionProblem, AttentionTensors
+from .rules import PLAIN
+
+if TYPE_CHECKING:
+    from .arguments import ScoreArgs
 
 # A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
 SMALLEST_SCALE = 1e-30
@@ -17,13 +27,7 @@ def check(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     Raises:
         NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
     """
-    plan, out = make_plan(problem), tensors.out
-    if out is not None and not is_aligned(out):
-        raise NotImplementedError(
-            f"out with strides {tuple(out.stride())} is not supported: the GPU kernels store 16 "
-            f"aligned bytes at a time along a contiguous last dimension; pass a contiguous out"
-        )
-    return plan
+    return make_plan(problem)
 
 
 def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
@@ -39,13 +43,23 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     if out.numel() == 0:
         return
     compiler.load_cutlass()
+    if problem.misfits:
+        tensors = _copied(problem, tensors)
     if isinstance(plan.key, DecodeKey):
         from .decode_launch import decode
 
         decode(problem, tensors, plan)
-        return
+    else:
+        _prefill(problem, tensors, plan)
+    if tensors.out is not out:
+        out.copy_(tensors.out)
+
+
+def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
     from .arguments import ForwardArgs
 
+    key, out = plan.key, tensors.out
+    assert isinstance(key, ForwardKey) and out is not None
     args = ForwardArgs(
         canonical(tensors.q),
         canonical(tensors.k),
@@ -56,13 +70,42 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         tensors.cu_seqlens_k,
         tensors.seqused_q,
         tensors.seqused_k,
-        max(problem.softmax_scale, SMALLEST_SCALE),
+        tensors.kv_batch_idx,
+        tensors.cache_leftpad,
+        1.0 if key.score.scaled else max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
         plan.window_right,
         problem.seqlen_q,
         plan.max_ctas,
+        None if key.score == PLAIN else _score_args(problem, tensors),
     )
-    compiler.compiled(plan.key)(args)
+    compiler.compiled(key)(args)
+
+
+def _score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArgs:
+    from .arguments import ScoreArgs
+
+    slopes, aux = tensors.alibi_slopes, tensors.aux_tensors
+    return ScoreArgs(
+        problem.softmax_scale,
+        problem.softcap,
+        None if slopes is None else slopes.expand(problem.batch, problem.num_heads),
+        tensors.sink,
+        tensors.dropout_state if problem.dropout_p else None,
+        int(problem.dropout_p * 2.0**32),
+        1.0 / (1.0 - problem.dropout_p),
+        tuple(t.view(torch.uint8) if t.dtype is torch.bool else t for t in aux) if aux else None,
+    )
+
+
+def _copied(problem: AttentionProblem, tensors: AttentionTensors) -> AttentionTensors:
+    """The tensors of a call, with copies in place of those that TMA cannot reach."""
+    copies = {
+        name: getattr(tensors, name).clone(memory_format=torch.contiguous_format)
+        for name, _ in problem.misfits
+        if name != "out" or tensors.out is not None
+    }
+    return replace(tensors, **copies)
 
 
 def canonical(t: Tensor) -> Tensor:

@@ -6,24 +6,22 @@ once per problem. What the kernels cannot do is refused here, before anything is
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
 from .device import FAMILIES, supported_card
-from .mask_rule import Band, Custom
+from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
+from .rules import PLAIN, BandRule, ScoreRule, steps_beside_band
 from .tiles import FORWARD_ROWS, MAX_HEAD_DIM, TileConfig, forward_row
 
 UNBOUNDED = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class BandRule:
-    """Which bounds of the band mask exist: all that a kernel is compiled for."""
-
-    has_left: bool
-    has_right: bool
+AUX_DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32,
+    torch.int64, torch.bool,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +37,9 @@ class ForwardKey:
     has_seqused_q: bool
     has_seqused_k: bool
     has_lse: bool
+    has_kv_batch_idx: bool = False
+    has_leftpad: bool = False
+    score: ScoreRule = PLAIN
 
     @property
     def family(self) -> str:
@@ -60,6 +61,7 @@ class Plan:
     window_left: int
     window_right: int
     max_ctas: int = UNBOUNDED
+    misfits: tuple[tuple[str, str], ...] = ()
     num_splits: int = 1
 
     def explain(self) -> str:
@@ -74,7 +76,8 @@ class Plan:
                 f"{cfg.head_dim} and {cfg.head_dim_v} for v, "
                 f"queries {key.q_layout.value}, keys {key.kv_layout.value}\n"
                 f"tiles: {cfg.block_m} queries x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
-                f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory"
+                f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory\n"
+                f"scores: {', '.join(key.score.names()) or 'scaled dot products'}"
             )
         bounds = " and ".join(
             f"{name} {value}"
@@ -84,10 +87,13 @@ class Plan:
             )
             if has
         )
+        copies = "".join(f"copied first: {name}, {why}\n" for name, why in self.misfits)
+        mod = "" if key.rule.mask_mod is None else " and mask_mod"
         return (
             f"{kernel}\n"
-            f"mask: {'band, ' + bounds if bounds else 'full'}\n"
+            f"mask: {'band, ' + bounds if bounds else 'full'}{mod}\n"
             f"splits: {self.num_splits}\n"
+            f"{copies}"
             f"code: compiled at the first call of this kernel, then kept for the process"
         )
 
@@ -105,20 +111,20 @@ def make_plan(problem: AttentionProblem) -> Plan:
     assert card.variant is not None, "supported_card has refused the others"
     cfg = forward_row(problem.head_dim, problem.head_dim_v)
     assert cfg is not None, "the last row holds every head dimension that is not refused"
-    left, right = (None, None)
-    if isinstance(problem.mask, Band):
-        left, right = problem.mask.left, problem.mask.right
+    band = band_of(problem.mask)
+    left, right = (band.left, band.right) if isinstance(band, Band) else (None, None)
     # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
     # key numbers stay far from 2^31.
     longest = problem.seqlen_q + problem.seqlen_k
-    window = {
+    shared: dict[str, Any] = {
         "window_left": min(left or 0, longest),
         "window_right": min(right or 0, longest),
+        "misfits": problem.misfits,
     }
-    rule = BandRule(left is not None, right is not None)
+    rule = BandRule.of(problem)
     if decodes(problem):
         decode_key, num_splits = decode_plan(problem, rule, card)
-        return Plan(key=decode_key, num_splits=num_splits, **window)
+        return Plan(key=decode_key, num_splits=num_splits, **shared)
     key = ForwardKey(
         variant=card.variant,
         dtype=problem.dtype,
@@ -129,11 +135,14 @@ def make_plan(problem: AttentionProblem) -> Plan:
         has_seqused_q=problem.has_seqused_q,
         has_seqused_k=problem.has_seqused_k,
         has_lse=problem.return_lse,
+        has_kv_batch_idx=problem.has_kv_batch_idx,
+        has_leftpad=problem.has_cache_leftpad,
+        score=ScoreRule.of(problem),
     )
     # One CTA fits an SM. Where all sequences are equally long, each gets its share of tiles at the
     # start; else a CTA a tile, so that the card hands out the next one wherever an SM is free.
     even = problem.q_layout is Layout.DENSE and not (problem.has_seqused_q or problem.has_seqused_k)
-    return Plan(key=key, max_ctas=card.num_sms if even else UNBOUNDED, **window)
+    return Plan(key=key, max_ctas=card.num_sms if even else UNBOUNDED, **shared)
 
 
 def forward_rows(variant: str) -> list[TileConfig]:
@@ -150,30 +159,32 @@ def _refusals(p: AttentionProblem):
         if dim % 8 or dim > MAX_HEAD_DIM:
             rule = f"the GPU kernels take multiples of 8 up to {MAX_HEAD_DIM}"
             yield _refuse(name, dim, rule, f"pad with zeros to a multiple of 8, {on_cpu}")
-    if isinstance(p.mask, Custom):
-        yield _refuse(
-            "mask_mod", p.mask.mask_mod, "not on the GPU yet", f"use window_size, {on_cpu}"
-        )
-    if not p.aligned:
-        rule = "the GPU kernels need 16-byte aligned rows with a contiguous last dimension"
-        yield _refuse("q, k, v strides", "unaligned", rule, "call .contiguous() on them")
-    if p.softmax_scale < 0:
-        rule = "the GPU kernels take the maximum before they scale, so the scale must be >= 0"
-        yield _refuse("softmax_scale", p.softmax_scale, rule, "negate q and the scale")
+    if p.kv_layout is Layout.PAGED:
+        for name, reason in p.misfits:
+            if name in ("k", "v"):
+                rule = "a paged cache is read where it is, for a copy at each call would cost more"
+                yield _refuse(name, "a cache", f"{reason}; {rule}", "lay the cache out in 16 bytes")
+    for i, (dtype, rank) in enumerate(p.aux):
+        if dtype not in AUX_DTYPES or rank < 1:
+            rule = "the GPU kernels read " + ", ".join(str(d)[6:] for d in AUX_DTYPES)
+            yield _refuse(f"aux_tensors[{i}]", f"{dtype}, {rank} dimensions", rule, "convert it")
     if p.requires_grad:
         rule = "there is no backward pass on the GPU yet"
         yield _refuse("requires_grad", True, rule, f"call under torch.no_grad(), {on_cpu}")
-    unsupported = {
-        "softcap": (p.softcap, 0.0),
-        "learnable_sink": (p.has_sink, False),
-        "alibi_slopes": (p.has_alibi, False),
-        "score_mod": (p.score_mod, None),
-        "dropout_p": (p.dropout_p, 0.0),
-        "cache_leftpad": (p.has_cache_leftpad, False),
-    }
-    for name, (value, off) in unsupported.items():
-        if value != off:
-            yield _refuse(name, value, "not on the GPU yet", f"leave it at {off!r}, {on_cpu}")
+    yield from _combinations(p)
+
+
+def _combinations(p: AttentionProblem):
+    """Why none of the kernels does all of what `p` asks: only one splits keys and reads pages."""
+    asked = (
+        ("page_table", p.kv_layout is Layout.PAGED),
+        ("num_splits", p.num_splits > 1),
+        ("pack_gqa", p.pack_gqa is True),
+    )
+    together = [name for name, given in asked if given]
+    for step in steps_beside_band(p) if together else ():
+        rule = f"not on the GPU yet together with {', '.join(together)}"
+        yield _refuse(step, "given", rule, "leave one of them out, or pass CPU tensors")
 
 
 def _refuse(argument: str, value: object, rule: str, way_out: str) -> str:

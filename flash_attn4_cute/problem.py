@@ -137,9 +137,8 @@ class AttentionProblem:
     """One attention call as the planner sees it: hashable, and free of tensors.
 
     `seqlen_q` and `seqlen_k` are exact for dense layouts and upper bounds for the others.
-    `aligned` holds if q, k and v suit 16-byte copies and TMA descriptors: last dimension
-    contiguous, base address and every other stride (of a dimension larger than 1) a positive
-    multiple of 16 bytes.
+    `misfits` names those of q, k, v and out that do not suit 16-byte copies and TMA descriptors,
+    each with the reason; see `misfit`.
     """
 
     device: torch.device
@@ -169,8 +168,10 @@ class AttentionProblem:
     pack_gqa: bool | None
     return_lse: bool
     requires_grad: bool
-    aligned: bool
+    misfits: tuple[tuple[str, str], ...] = ()
     has_cache_leftpad: bool = False
+    sink_dtype: torch.dtype | None = None
+    aux: tuple[tuple[torch.dtype, int], ...] = ()
 
     @classmethod
     def from_tensors(cls, tensors: AttentionTensors, options: AttentionOptions) -> AttentionProblem:
@@ -236,9 +237,16 @@ class AttentionProblem:
             pack_gqa=options.pack_gqa,
             return_lse=options.return_lse,
             requires_grad=options.requires_grad,
-            aligned=is_aligned(q) and is_aligned(k) and is_aligned(v),
+            misfits=_misfits(tensors),
             has_cache_leftpad=tensors.cache_leftpad is not None,
+            sink_dtype=None if tensors.sink is None else tensors.sink.dtype,
+            aux=tuple((t.dtype, t.dim()) for t in tensors.aux_tensors or ()),
         )
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all tensors can be read and written where they are."""
+        return not self.misfits
 
     def out_shape(self, q: Tensor) -> tuple[int, ...]:
         """Shape of the output: q's, with d_v as the last dimension."""
@@ -284,7 +292,9 @@ def _signature(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
         t.alibi_slopes,
     )
     try:
-        address_bits = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, t.out)]
+        together = (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15
+        address_bits = together and tuple(address & 15 for address in addresses)
         metadata = [None if x is None else _metadata(x) for x in optional]
         return (_metadata(q), _metadata(k), _metadata(v), address_bits, options, *metadata)
     except AttributeError:  # not a tensor, as the check will say
@@ -296,15 +306,30 @@ def _metadata(t: Tensor) -> tuple:
 
 
 def is_aligned(t: Tensor) -> bool:
-    """Whether `t` suits 16-byte copies: see AttentionProblem.aligned."""
+    """Whether `t` suits 16-byte copies: see `misfit`."""
+    return misfit(t) is None
+
+
+def misfit(t: Tensor) -> str | None:
+    """Why `t` does not suit 16-byte copies and TMA descriptors, or None if it does.
+
+    They need a contiguous last dimension, and a base address and all other strides (of dimensions
+    larger than 1) that are positive multiples of 16 bytes.
+    """
     strides = t.stride()
     if strides[-1] != 1 and t.shape[-1] != 1:
-        return False
+        return f"its last dimension has stride {strides[-1]}, not 1"
     itemsize = t.element_size()
-    for size, stride in zip(t.shape[:-1], strides[:-1], strict=True):
+    for dim, (size, stride) in enumerate(zip(t.shape[:-1], strides[:-1], strict=True)):
         if size > 1 and (stride <= 0 or stride * itemsize % 16):
-            return False
-    return t.data_ptr() % 16 == 0
+            return f"stride {stride} of dimension {dim} is no positive multiple of 16 bytes"
+    return "its address is no multiple of 16" if t.data_ptr() % 16 else None
+
+
+def _misfits(tensors: AttentionTensors) -> tuple[tuple[str, str], ...]:
+    named = (("q", tensors.q), ("k", tensors.k), ("v", tensors.v), ("out", tensors.out))
+    found = ((name, misfit(t)) for name, t in named if t is not None)
+    return tuple((name, reason) for name, reason in found if reason is not None)
 
 
 def _kv_layout(tensors: AttentionTensors) -> Layout:

@@ -3,13 +3,14 @@
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Uint32
 
 from .append_kv import AppendKv
 from .append_plan import AppendKey
-from .arguments import AppendArgs, ForwardArgs
+from .arguments import AppendArgs, ForwardArgs, ScoreArgs
 from .plan import ForwardKey
 from .problem import Layout
+from .rules import PLAIN, ScoreRule
 from .sm120.forward import ForwardSm120
 
 NUMERIC = {
@@ -17,6 +18,10 @@ NUMERIC = {
     torch.bfloat16: cutlass.BFloat16,
     torch.float32: Float32,
     torch.int32: Int32,
+    torch.int64: cutlass.Int64,
+    torch.int16: cutlass.Int16,
+    torch.int8: cutlass.Int8,
+    torch.uint8: cutlass.Uint8,
 }
 FORWARD = {"sm120": ForwardSm120}
 
@@ -56,27 +61,53 @@ def trace_forward(key: ForwardKey) -> tuple:
     d, d_v = cute.sym_int(divisibility=8), cute.sym_int(divisibility=8)
     total_q, total_k = cute.sym_int(), cute.sym_int()
 
-    def tokens(packed: bool, *shape) -> cute.Tensor:
-        return rows(dtype, shape if packed else (batch, *shape))
+    def tokens(packed: bool, sequences, *shape) -> cute.Tensor:
+        return rows(dtype, shape if packed else (sequences, *shape))
+
+    batch_k = cute.sym_int() if key.has_kv_batch_idx else batch
 
     lse_shape = (heads, total_q) if packed_q else (batch, heads, total_q)
     args = ForwardArgs(
-        mQ=tokens(packed_q, total_q, heads, d),
-        mK=tokens(packed_k, total_k, heads_kv, d),
-        mV=tokens(packed_k, total_k, heads_kv, d_v),
-        mO=tokens(packed_q, total_q, heads, d_v),
+        mQ=tokens(packed_q, batch, total_q, heads, d),
+        mK=tokens(packed_k, batch_k, total_k, heads_kv, d),
+        mV=tokens(packed_k, batch_k, total_k, heads_kv, d_v),
+        mO=tokens(packed_q, batch, total_q, heads, d_v),
         mLSE=values(Float32, lse_shape, key.has_lse),
         mCuSeqlensQ=values(Int32, (cute.sym_int(),), packed_q),
         mCuSeqlensK=values(Int32, (cute.sym_int(),), packed_k),
         mSeqUsedQ=values(Int32, (cute.sym_int(),), key.has_seqused_q),
         mSeqUsedK=values(Int32, (cute.sym_int(),), key.has_seqused_k),
+        mKvRow=values(Int32, (cute.sym_int(),), key.has_kv_batch_idx),
+        mLeftPad=values(Int32, (cute.sym_int(),), key.has_leftpad),
         softmax_scale=Float32(1.0),
         window_left=Int32(0),
         window_right=Int32(0),
         max_seqlen_q=Int32(0),
         max_ctas=Int32(0),
+        score=score_args(key.score),
     )
-    return FORWARD[key.family](dtype, key.cfg, key.rule), (args,)
+    return FORWARD[key.family](dtype, key.cfg, key.rule, key.score), (args,)
+
+
+def score_args(rule: ScoreRule) -> ScoreArgs | None:
+    """A ScoreArgs that stands for those of launches of this rule."""
+    if rule == PLAIN:
+        return None
+
+    def anything(dtype: torch.dtype, rank: int) -> cute.Tensor:
+        shape = tuple(cute.sym_int() for _ in range(rank))
+        return vectors(NUMERIC[torch.uint8 if dtype is torch.bool else dtype], shape, 1)
+
+    return ScoreArgs(
+        scale=Float32(1.0),
+        softcap=Float32(1.0),
+        mAlibi=anything(torch.float32, 2) if rule.alibi else None,
+        mSink=None if rule.sink is None else anything(rule.sink, 1),
+        mDropoutState=anything(torch.int64, 1) if rule.dropout else None,
+        dropout_threshold=Uint32(0),
+        keep_scale=Float32(1.0),
+        aux_tensors=tuple(anything(*aux) for aux in rule.aux) or None,
+    )
 
 
 def trace_append(key: AppendKey) -> tuple:

@@ -80,7 +80,9 @@ class Case:
     def kernel_key(self) -> tuple:
         """What one compiled GPU kernel is made for."""
         used = (self.used_q is not None, self.used_k is not None)
-        own = (self.dtype, self.d, self.bounds, self.layout, used, self.return_lse)
+        negative = (self.softmax_scale or 0) < 0
+        steps = (self.softcap != 0, self.sink, self.alibi is not None, self.dropout_p > 0, negative)
+        own = (self.dtype, self.d, self.d_v, self.bounds, self.layout, used, self.return_lse, steps)
         if not self.decodes:
             return own
         box = None if self.page_size is None else math.gcd(self.page_size, 64)
@@ -95,17 +97,19 @@ class Case:
             self.num_splits > 1 or self.layout.startswith("paged") or (self.num_splits == 0 and few)
         )
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether the scores are more than scaled dot products, or the softmax more than itself."""
+        numbers = self.softcap, self.dropout_p, self.sink, self.alibi
+        return any(numbers) or (self.softmax_scale or 0) < 0
+
     def missing_on_gpu(self) -> str | None:
         """Pattern of the arguments that the GPU kernels refuse, None if they answer this case."""
         reasons = (
             (self.dtype not in HALF_DTYPES, "dtype"),
-            (self.softcap != 0, "softcap"),
-            (self.sink, "s_aux|sink"),
-            (self.alibi is not None, "alibi_slopes"),
             (any(n % 8 or n > 256 for n in (self.d, self.d_v or self.d)), "head_dim"),
-            (self.dropout_p != 0, "dropout_p"),
-            ((self.softmax_scale or 0) < 0, "softmax_scale"),
-            (self.strides in UNALIGNED_STRIDES, "stride|align"),
+            (self.decodes and self.has_steps, "together with"),
+            (self.layout.startswith("paged") and self.strides in UNALIGNED_STRIDES, "a cache"),
         )
         return "|".join(pattern for applies, pattern in reasons if applies) or None
 

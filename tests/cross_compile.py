@@ -19,8 +19,9 @@ import torch
 
 from flash_attn4_cute.decode_plan import DecodeKey
 from flash_attn4_cute.decode_tiles import DECODE_ROWS
-from flash_attn4_cute.plan import BandRule, ForwardKey, forward_rows
+from flash_attn4_cute.plan import ForwardKey, forward_rows
 from flash_attn4_cute.problem import Layout
+from flash_attn4_cute.rules import BandRule
 
 VARIANTS = ("sm90a", "sm120a", "sm121a")
 

@@ -11,12 +11,16 @@ from ..arguments import ForwardArgs
 
 @dataclass(frozen=True)
 class SeqlenInfo:
-    """Offsets (rows, 0 unless packed) and lengths (rows) of sequence `batch`."""
+    """Offsets and lengths, in rows, of one sequence, and its row `batch_k` of dense K and V.
+
+    Offsets are 0 in dense tensors, but for left padding of the keys.
+    """
 
     offset_q: Int32
     offset_k: Int32
     seqlen_q: Int32
     seqlen_k: Int32
+    batch_k: Int32
 
     @staticmethod
     @cute.jit
@@ -26,7 +30,17 @@ class SeqlenInfo:
         mPageTable = getattr(args, "mPageTable", None)
         if const_expr(mPageTable is not None and args.mSeqUsedK is None):
             seqlen_k = Int32(cute.size(mPageTable, mode=[1]) * cute.size(args.mK, mode=[1]))
-        return SeqlenInfo(offset_q, offset_k, seqlen_q, seqlen_k)
+        batch_k, mKvRow, mLeftPad = (
+            batch,
+            getattr(args, "mKvRow", None),
+            getattr(args, "mLeftPad", None),
+        )
+        if const_expr(mKvRow is not None):
+            batch_k = mKvRow[batch]
+        if const_expr(mLeftPad is not None):
+            offset_k = mLeftPad[batch]
+            seqlen_k = cutlass.max(seqlen_k - offset_k, 0)
+        return SeqlenInfo(offset_q, offset_k, seqlen_q, seqlen_k, batch_k)
 
 
 @cute.jit

@@ -12,10 +12,11 @@ does not depend on its neighbours in the tile.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32
+from cutlass import Constexpr, Float32, const_expr
 
 RESCALE_THRESHOLD = 8.0  # log2: exponentials stay below 2^8, well inside fp16
 LOG2_E = math.log2(math.e)
@@ -72,17 +73,35 @@ class OnlineSoftmax:
                 self.row_sum[r] = self.row_sum[r] + p
 
     @cute.jit
-    def finish(self, acc_O_mn: cute.Tensor, lse: cute.Tensor):
-        """Divide O by l and write the log-sum-exp of each row; no keys: O = 0, LSE = -inf."""
+    def finish(
+        self, acc_O_mn: cute.Tensor, lse: cute.Tensor, sink: Any = None, keep_scale: Any = None
+    ):
+        """Divide O by l and write the log-sum-exp of each row; no keys: O = 0, LSE = -inf.
+
+        `sink`, a logit without a value, takes part where there are keys:
+
+            l <- l + 2^(sink_log2 - m c), both taken relative to the larger of m c and sink_log2
+
+        `keep_scale` multiplies O alone, for what dropout has kept.
+        """
         for r in cutlass.range_constexpr(cute.size(self.row_max)):
             row_sum = self.row_sum[r]
             for offset in cutlass.range_constexpr(1, 3):
                 row_sum += cute.arch.shuffle_sync_bfly(row_sum, offset=offset)
             empty = row_sum == 0.0
-            inverse = 0.0 if empty else 1.0 / row_sum
+            m_log2 = self.row_max[r] * self.scale_log2
+            factor = Float32(1.0)
+            if const_expr(sink is not None):
+                sink_log2 = sink * LOG2_E
+                m_old = m_log2
+                m_log2 = cute.arch.fmax(m_old, sink_log2)
+                factor = cute.math.exp2(m_old - m_log2, fastmath=True)
+                row_sum = row_sum * factor + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
+            if const_expr(keep_scale is not None):
+                factor = factor * keep_scale
+            inverse = 0.0 if empty else factor / row_sum
             acc_O_mn[r, None] = acc_O_mn[r, None].load() * inverse
             # ln l + m * scale, with scale = c ln 2
-            m_log2 = self.row_max[r] * self.scale_log2
             lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
 
     @cute.jit

@@ -14,9 +14,11 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from ..arguments import ForwardArgs
+from ..common.dropout import Dropout
 from ..common.fragments import as_operand_a, rows_and_columns
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
+from ..common.score import ScoreSteps
 from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
 from ..tiles import WARP_SIZE, TileConfig
@@ -98,8 +100,12 @@ class WarpMma:
         acc_S: cute.Tensor,
         softmax: OnlineSoftmax,
         sVt: cute.Tensor,
+        dropout: Dropout,
+        corner: tuple,
     ):
         """acc_O += P V, P = exponentials of acc_S, V^T (d_v, block_n) read by `ldmatrix.trans`.
+
+        `corner` is the (row, key) of P's first element, for dropout.
 
         The exponentials of one k16 step are issued before the products of the step before it, so
         that the two units work at the same time.
@@ -122,6 +128,8 @@ class WarpMma:
             if const_expr(step < num_steps):
                 columns = steps_S[None, None, (None, step)]
                 softmax.exponentials(rows_and_columns(columns))
+                if const_expr(dropout.present):
+                    dropout.apply(rows_and_columns(columns), corner[0], corner[1] + 16 * step)
                 steps_P[None, None, (None, step)].store(columns.load().to(self.dtype))
             if const_expr(step > 0):
                 k = step - 1
@@ -170,6 +178,7 @@ class ComputeRole:
 
     cfg: Constexpr[TileConfig]
     rule: Constexpr[Any]
+    score: Constexpr[Any]
     dtype: Constexpr[type[cutlass.Numeric]]
     guard_v: Constexpr[bool]  # rows past seqlen_k may hold anything: TMA did not zero them
     sQ: cute.Tensor  # (rows_per_warp, d), this warp's
@@ -219,6 +228,9 @@ class ComputeRole:
             warp_lo, warp_hi = cutlass.max(warp_lo, lo), cutlass.min(warp_hi, hi)
             if row >= seqlen.seqlen_q or warp_lo >= warp_hi:
                 warp_lo, warp_hi = hi, hi
+            steps = ScoreSteps.of(self.score, self.rule.mask_mod, args, work, seqlen)
+            heads = self.scheduler.num_heads
+            dropout = Dropout.of(self.score.dropout, args, work, heads, lane)
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
             queries.wait()
@@ -233,6 +245,9 @@ class ComputeRole:
                 slot = kv_ring.wait_and_advance()
                 mma.scores(acc_S, tSrQ, self.sQ, self.sKV[None, None, slot.index])
                 slot.release()
+                if const_expr(steps.any):
+                    places = mma.score_coordinates(reread(lane))
+                    steps.apply(acc_S_mn, places, row, n_block * cfg.block_n)
                 if n_block < full_lo or n_block >= full_hi:
                     coord = mma.score_coordinates(reread(lane))
                     mask.apply(acc_S_mn, coord, row, n_block * cfg.block_n)
@@ -244,7 +259,8 @@ class ComputeRole:
                 if const_expr(self.guard_v):  # noqa: SIM102
                     if rows < cfg.block_n:
                         clear_rows(self.sKV[None, None, slot.index], rows, lane)
-                mma.accumulate(acc_O, acc_S, softmax, sVt)
+                corner = (row, n_block * cfg.block_n)
+                mma.accumulate(acc_O, acc_S, softmax, sVt, dropout, corner)
                 slot.release()
             for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
                 kv_ring.wait_and_advance().release()

@@ -40,7 +40,12 @@ class Epilogue:
         seqlen = SeqlenInfo.of(args, work.batch)
         num_rows = seqlen.seqlen_q - row
         lse = cute.make_rmem_tensor(cute.size(softmax.row_max), cutlass.Float32)
-        softmax.finish(rows_and_columns(acc_O), lse)
+        sink = keep_scale = None
+        if const_expr(args.score is not None and args.score.mSink is not None):
+            sink = args.score.mSink[work.head].to(cutlass.Float32)
+        if const_expr(args.score is not None and args.score.mDropoutState is not None):
+            keep_scale = args.score.keep_scale
+        softmax.finish(rows_and_columns(acc_O), lse, sink, keep_scale)
         self._store_lse(args, work, seqlen.offset_q + row, num_rows, lse)
         if const_expr(cute.rank(args.mO) == 4):
             mO = args.mO[work.batch, None, work.head, None]

@@ -30,11 +30,11 @@ SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of one atom: 128, 64 and 32 b
 
 
 class ForwardSm120:
-    """The forward kernel for one dtype, one tile configuration and one mask rule."""
+    """The forward kernel for one dtype, one tile configuration and the rules of mask and scores."""
 
-    def __init__(self, dtype: type[cutlass.Numeric], cfg: TileConfig, rule):
+    def __init__(self, dtype: type[cutlass.Numeric], cfg: TileConfig, rule, score):
         cfg.check()
-        self.dtype, self.cfg, self.rule = dtype, cfg, rule
+        self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
 
     @cute.jit
     def __call__(self, args: ForwardArgs, stream):
@@ -125,6 +125,7 @@ class ForwardSm120:
             ComputeRole(
                 cfg,
                 self.rule,
+                self.score,
                 self.dtype,
                 guard_v,
                 sQ[None, None, warp],

@@ -27,7 +27,7 @@ class TmaOperand:
     def tiles(self, head: Int32, batch: Int32, offset: Int32):
         """Shared-memory slots and global tiles of one head of one sequence, ready to copy."""
         if const_expr(cute.rank(self.mX) == 4):
-            mX = self.mX[None, None, head, batch]
+            mX = cute.domain_offset((offset, 0), self.mX[None, None, head, batch])
         else:
             mX = cute.domain_offset((offset, 0), self.mX[None, None, head])
         shape = (cute.size(self.sX, mode=[0]), cute.size(self.sX, mode=[1]))
@@ -74,8 +74,8 @@ class LoadRole:
             end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
             lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
             kv_head = work.head // self.heads_per_kv_head
-            tKsK, tKgK = self.k.tiles(kv_head, work.batch, seqlen.offset_k)
-            tVsV, tVgV = self.v.tiles(kv_head, work.batch, seqlen.offset_k)
+            tKsK, tKgK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
+            tVsV, tVgV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
             for i in cutlass.range(hi - lo, unroll=1):
                 n_block = hi - 1 - i
                 slot = kv_ring.acquire_and_advance()

@@ -199,7 +199,6 @@ def get_scheduler_metadata(
         pack_gqa=pack_gqa,
         return_lse=True,
         requires_grad=False,
-        aligned=True,
     )
     splits, packed = _planned(problem)
     return SchedulerMetadata(

@@ -90,14 +90,6 @@ def _variant(problem: AttentionProblem) -> _Variant:
             "there are kernels for cpu and cuda tensors",
             "Move q, k and v to one of them",
         )
-    if problem.has_cache_leftpad:
-        raise refuse(
-            NotImplementedError,
-            "cache_leftpad",
-            f"tensor on {problem.device}",
-            "left padding of the cache runs on the CPU only",
-            "Shift the cache, or use a page_table",
-        )
     return _cuda()
 
 
