@@ -55,10 +55,23 @@ def test_the_reference_philox():
     assert philox((ONES,) * 4, (ONES,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
 
 
-def drawn_state(seed):
+def drawn_state(seed, device="cpu"):
     """What a call after torch.manual_seed(seed) draws."""
     torch.manual_seed(seed)
-    return torch.randint(2**63 - 1, (2,)).tolist()
+    return torch.randint(2**63 - 1, (2,), device=device).tolist()
+
+
+def test_which_elements_are_kept(fa4, device):
+    """Equal weights and V = 1 leave the mask itself, on every device the documented one."""
+    batch, sq, sk, p = 2, 9, 24, 0.3
+    q = torch.zeros(batch, sq, HEADS, DIM, device=device, dtype=torch.bfloat16)
+    k = torch.zeros(batch, sk, KV_HEADS, DIM, device=device, dtype=torch.bfloat16)
+    v = torch.eye(sk, device=device, dtype=torch.bfloat16)[None, :, None]
+    v = v.expand(batch, sk, KV_HEADS, sk).contiguous()
+    kept = multipliers(p, drawn_state(5, device), batch, sq, sk).transpose(1, 2)
+    torch.manual_seed(5)
+    out = fa4.flash_attn_func(q, k, v, dropout_p=p)
+    torch.testing.assert_close(out.float().cpu() * sk, kept, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])

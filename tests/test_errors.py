@@ -114,11 +114,10 @@ def test_unsupported_gpu(fa4, card):
         ({"dtype": torch.float32}, "dtype=torch.float32"),
         ({"head_dim": 68}, "head_dim=68"),
         ({"head_dim_v": 264}, "head_dim_v=264"),
-        ({"aligned": False}, "q, k, v strides=unaligned"),
         ({"requires_grad": True}, "requires_grad=True"),
-        ({"dropout_p": 0.1}, "dropout_p=0.1"),
+        ({"aux": ((torch.complex64, 2),)}, "aux_tensors[0]=torch.complex64"),
     ],
-    ids=["float32", "head_dim", "head_dim_v", "unaligned", "requires_grad", "dropout"],
+    ids=["float32", "head_dim", "head_dim_v", "requires_grad", "aux_tensors"],
 )
 def test_what_the_gpu_kernels_cannot_do(fa4, card, changes, beginning):
     """Refused by name and value, with a way out; nothing falls to another path silently."""
