@@ -51,7 +51,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
         decode(problem, tensors, plan)
     else:
         _prefill(problem, tensors, plan)
-    if tensors.out is not out:
+    if tensors.out is not None and tensors.out is not out:
         out.copy_(tensors.out)
 
 

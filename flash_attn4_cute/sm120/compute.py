@@ -235,9 +235,11 @@ class ComputeRole:
             acc_O.fill(0.0)
             queries.wait()
             tSrQ = mma.query_fragment(self.sQ)
-            if const_expr(cfg.q_in_registers):
-                for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
-                    mma.load_queries(tSrQ, self.sQ, k)
+            # A warp without keys may have no rows either, and then nothing was fetched.
+            if const_expr(cfg.q_in_registers):  # noqa: SIM102
+                if warp_lo < warp_hi:
+                    for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
+                        mma.load_queries(tSrQ, self.sQ, k)
             for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                 kv_ring.wait_and_advance().release()
             for i in cutlass.range(warp_hi - warp_lo, unroll=1):
