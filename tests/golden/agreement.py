@@ -7,6 +7,8 @@ relative X           f32, and the difference is at most X times the card's resul
 absolute X           f32, and the difference is at most X
 lg2                  f32, relative or absolute 2^-22
 accumulated          sums of mma.sync and wgmma: f32
+fp8                  sums of fp8 products, which cards cut to about 13 bits: f32, and the difference
+                     is at most 2^-10 times the largest result
 """
 
 from collections.abc import Callable
@@ -58,5 +60,8 @@ def agree(rule: str, card: np.ndarray, emulated: np.ndarray) -> np.ndarray:
     if kind == "absolute":
         most = 2.0 ** float(number.removeprefix("2^"))
         return _near(card, emulated, lambda size: np.full_like(size, most))
+    if kind == "fp8":
+        largest = float(np.abs(card.view(np.float32)).max())
+        return _near(card, emulated, lambda size: np.full_like(size, 2.0**-10 * largest))
     assert kind == "lg2", rule
     return _near(card, emulated, lambda size: np.maximum(2.0**-22 * size, 2.0**-22))

@@ -76,6 +76,23 @@ def flat() -> None:
     )
 
 
+def reductions() -> None:
+    """All 32 lanes of a warp let the same 512 bytes be added to what is in the target."""
+    fill = ""
+    for part in (0, 512):
+        fill += f"ld.global.b32 %r42, [%rd4+{part}];\nst.shared.b32 [%r41+{1024 + part}], %r42;\n"
+        fill += f"mov.b32 %r43, 0x3F800000;\nst.global.b32 [%rd5+{part}], %r43;\n"
+    fill += "fence.proxy.async;\nbar.sync 0;\n"
+    reduce = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%rd2], [%r1+1040], 512;\n"
+    reduce += "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\n"
+    words = (np.arange(256) / 8).astype(np.float32).view(np.uint32)
+    for lanes in (1, 32):
+        text = f"setp.ge.u32 %p4, %r2, {lanes};\n@%p4 bra $reduced;\n{reduce}$reduced:\n"
+        text = cleared(1024) + fill + text
+        name = f"cp.reduce.async.bulk by {lanes} lanes"
+        add(name, Program(text, words, 256, threads=128, smem=4096))
+
+
 # ---- TMA ----
 ROWS, INNER = 40, 64  # of a matrix of 16-bit elements whose values are their positions
 SPAN = {0: 64, 1: 16, 2: 32, 3: 64}  # elements of a box row: the swizzle's span
@@ -139,6 +156,9 @@ def loads() -> None:
                 matrix(swizzle, 8, span // 2),
                 [(0, (0, 0)), (1024, (8, 8)), (2176, (0, 9))],
             )
+    narrow = Map((32, 5, 8), (64, 320), (16, 3, 2), 2)
+    places = [(0, (0, 0, 0)), (512, (16, 3, 7)), (1024, (8, -1, 4))]
+    boxes("rank 3, half as wide", narrow, places)
     solid = Map((32, 5, 8), (64, 320), (32, 2, 3), 2)
     boxes("rank 3", solid, [(0, (0, 0, 0)), (512, (0, 4, 5)), (1024, (16, -1, 7))])
     pages = Map((32, 4, 2, 5), (128, 64, 512), (32, 4, 1, 2), 2)
@@ -218,5 +238,6 @@ def clusters() -> None:
 cp_async()
 flat()
 clusters()
+reductions()
 loads()
 stores()

@@ -94,6 +94,11 @@ def float_programs() -> None:
     for name in ("min", "max", "min.ftz", "max.ftz", "max.NaN"):
         binary(f"{name}.f32", F, "f32")
     each("max.f32 of three", "max.f32 $x, $a, $b; max.f32 $x, $x, $c;", F, rule="f32")
+    draw = generator(14)
+    few = np.array([0, 0x80000000, 0x3F800000, 0xBF800000, 0x7FC00000, 1], np.uint32)
+    zeros = [few[draw.randint(0, len(few), COUNT)] for _ in range(2)]
+    for name in ("min", "max", "min.NaN", "max.NaN", "max.ftz"):
+        each(f"{name}.f32 of zeros", f"{name}.f32 $x, $a, $b;", zeros, rule="f32")
     unary("neg.f32", F[0], "f32")
     unary("abs.f32", F[0], "f32")
     binary("div.rn.f32", F, "f32")

@@ -4,6 +4,9 @@ and keep what came out.
 Programs need the driver alone; the whole kernels need PyTorch, CuTe DSL and upstream. Both run at
 the same time, in processes that are replaced when a kernel has spoilt their context. Writes
 FOLDER/programs.xz, FOLDER/kernels.xz and FOLDER/report.json (the card, and errors by name).
+
+With --missing it runs only what data/ has no result of. `--merge FOLDER` takes what another call
+has written to FOLDER over into data/, and needs no card.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import numpy as np
 from . import store
 from .card import Card, CudaError
 
+DATA = Path(__file__).parent / "data"
 SPOILT = 3  # exit status: go on in another process
 ONE_PROGRAM, ONE_KERNEL = 15.0, 100.0  # seconds until it counts as hanging
 
@@ -78,7 +82,7 @@ class Worker:
         self.save()
 
 
-def run_programs(worker: Worker, only: str) -> None:
+def run_programs(worker: Worker, known: set[str]) -> None:
     from . import all_programs
 
     card = Card()
@@ -93,11 +97,11 @@ def run_programs(worker: Worker, only: str) -> None:
             found["map"] = np.frombuffer(map_[8:64], np.uint8)
         return found
 
-    names = [name for name in programs if only in name]
+    names = [name for name in programs if name not in known]
     worker.run(names, one, ONE_PROGRAM, lambda: card.check("cuCtxSynchronize"))
 
 
-def run_kernels(worker: Worker, only: str) -> None:
+def run_kernels(worker: Worker, known: set[str]) -> None:
     import torch
 
     from . import kernels
@@ -110,7 +114,7 @@ def run_kernels(worker: Worker, only: str) -> None:
         worker.report["card"][f"seconds of {name}"] = round(time.perf_counter() - started, 1)
         return found
 
-    names = [name for name in kernels.CASES if only in name]
+    names = [name for name in kernels.CASES if name not in known]
     worker.run(names, one, ONE_KERNEL, torch.cuda.synchronize)
 
 
@@ -122,11 +126,11 @@ def digest(words: np.ndarray) -> np.ndarray:
 GROUPS = {"programs": run_programs, "kernels": run_kernels}
 
 
-def drive(folder: Path, group: str, only: str, deadline: float) -> None:
+def drive(folder: Path, group: str, missing: bool, deadline: float) -> None:
     """Start workers of a group until one comes to its end."""
     for number in range(20):
         command = [sys.executable, "-m", "tests.golden.record", str(folder)]
-        command += ["--group", group, "--part", str(number), "--only", only]
+        command += ["--group", group, "--part", str(number), *["--missing"] * missing]
         left = max(1.0, deadline - time.monotonic())
         try:
             status = subprocess.run(command, timeout=left).returncode
@@ -138,17 +142,34 @@ def drive(folder: Path, group: str, only: str, deadline: float) -> None:
             return
 
 
-def merge(folder: Path, only: str) -> dict[str, Any]:
-    """One file a group, and one report; with `only`, added to those that are there."""
+def known_names(group: str) -> set[str]:
+    """What data/ has a result of."""
+    file = DATA / f"{group}.xz"
+    return {name.rpartition("/")[0] for name in store.load(file)} if file.exists() else set()
+
+
+def adopt(folder: Path) -> None:
+    """Add the results in a folder to data/."""
+    from . import all_programs, kernels
+
+    new, report = (json.loads((f / "report.json").read_text()) for f in (folder, DATA))
+    known = set()
+    for group in GROUPS:
+        results = store.load(DATA / f"{group}.xz") | store.load(folder / f"{group}.xz")
+        store.save(DATA / f"{group}.xz", results)
+        known |= known_names(group)
+        report[group] = len(known_names(group))
+    wanted = {*all_programs(), *kernels.CASES} - known
+    errors = report["errors"] | new["errors"]
+    report["errors"] = {name: why for name, why in errors.items() if name in wanted}
+    (DATA / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def merge(folder: Path) -> dict[str, Any]:
+    """One file a group, and one report."""
     report: dict[str, Any] = {"card": {}, "errors": {}}
-    if only and (folder / "report.json").exists():
-        report = json.loads((folder / "report.json").read_text())
-        kept = {name: why for name, why in report["errors"].items() if only not in name}
-        report["errors"] = kept
     for group in GROUPS:
         results: dict[str, np.ndarray] = {}
-        if only and (folder / f"{group}.xz").exists():
-            results = store.load(folder / f"{group}.xz")
         for last in folder.glob(f"parts/{group}-*.now"):
             if not last.with_suffix(".json").exists():
                 report["errors"][last.read_text()] = "the process died"
@@ -160,8 +181,8 @@ def merge(folder: Path, only: str) -> dict[str, Any]:
                 results |= {name: arrays[name] for name in arrays.files}
         store.save(folder / f"{group}.xz", results)
         report[group] = len({name.rpartition("/")[0] for name in results})
-        if not results:
-            report["errors"][group] = "nothing was recorded: see what the worker printed"
+        if not list(folder.glob(f"parts/{group}-*.json")):
+            report["errors"][group] = "nothing was tried: see what the worker printed"
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
@@ -172,20 +193,25 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--group", choices=GROUPS, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="only what has this in its name; the rest stays")
+    parser.add_argument("--missing", action="store_true", help="only what data/ has no result of")
+    parser.add_argument("--merge", action="store_true", help="add what FOLDER holds to data/")
     parser.add_argument("--seconds", type=float, default=150, help="stop after this time")
     options = parser.parse_args()
+    if options.merge:
+        adopt(options.folder)
+        return 0
     (options.folder / "parts").mkdir(parents=True, exist_ok=True)
     if options.group:
         worker = Worker(options.folder, options.group, options.part)
-        GROUPS[options.group](worker, options.only)
+        known = known_names(options.group) if options.missing else set()
+        GROUPS[options.group](worker, known)
         return 0
     for stale in options.folder.glob("parts/*"):
         stale.unlink()
     started = time.monotonic()
     threads = [
         threading.Thread(
-            target=drive, args=(options.folder, group, options.only, started + options.seconds)
+            target=drive, args=(options.folder, group, options.missing, started + options.seconds)
         )
         for group in GROUPS
     ]
@@ -193,7 +219,7 @@ def main() -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    report = merge(options.folder, options.only)
+    report = merge(options.folder)
     print(json.dumps(report, indent=1))
     print(f"{time.monotonic() - started:.0f} s")
     return int(bool(report["errors"]))

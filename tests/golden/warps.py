@@ -155,7 +155,35 @@ def mma(shape: str, narrow: str, kind: str, steps: int = 1) -> None:
     add(name, Program(text, source, 4 * threads, "accumulated", threads))
 
 
+def mma_fp8(kind: str, steps: int) -> None:
+    """m16n8k32 with e4m3 factors: all codes but NaN and, unless `spread`, of middle size."""
+    draw = generator(60 + steps)
+    threads = 32 * WARPS
+    low, high = (0x08, 0x78) if kind == "spread" else (0x28, 0x40)
+    codes = (
+        draw.randint(low, high, (6 * steps, threads, 4))
+        | draw.randint(0, 2, (6 * steps, threads, 4)) << 7
+    )
+    c = addends("spread" if kind == "spread" else "normal", 77, (4, threads))
+    words = codes.astype(np.uint8).view(np.uint32)[..., 0]
+    source = np.concatenate([words.ravel(), c.view(np.uint32).ravel()])
+    load = "".join(
+        f"ld.global.b32 %r{10 + i}, [%rd4+{4 * threads * i}];\n" for i in range(6 * steps + 4)
+    )
+    text = load + "".join(f"mov.b32 %f{i}, %r{10 + 6 * steps + i};\n" for i in range(4))
+    d = "{%f0, %f1, %f2, %f3}"
+    for step in range(steps):
+        r = [f"%r{10 + 6 * step + i}" for i in range(6)]
+        text += f"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {d}, "
+        text += f"{{{', '.join(r[:4])}}}, {{{', '.join(r[4:])}}}, {d};\n"
+    text += "".join(f"st.global.b32 [%rd5+{4 * threads * i}], %f{i};\n" for i in range(4))
+    add(f"mma m16n8k32 e4m3 {kind} x{steps}", Program(text, source, 4 * threads, "fp8", threads))
+
+
 def products() -> None:
+    for kind in ("normal", "spread"):
+        for steps in (1, 4):
+            mma_fp8(kind, steps)
     for narrow in ("bf16", "f16"):
         for kind in KINDS:
             mma("m16n8k16", narrow, kind)
