@@ -90,7 +90,7 @@ def open_backend(name: str, arch: str) -> Backend:
         import ptx_emulator
 
         ptx_emulator.bootstrap()
-        limits = Limits(pairs=60_000, length=300, rows=12)
+        limits = Limits(pairs=60_000, length=300, rows=12, splits=(2, 3, 7))
         return Emulated(load_package(), arch.replace("sm_", "sm").replace("sm", "sm_"), limits)
     if name == "cuda":
         limits = Limits(pairs=8_000_000, length=2000, rows=48)

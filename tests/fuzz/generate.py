@@ -31,6 +31,7 @@ class Limits:
     pairs: int  # of queries and keys, over all heads
     length: int
     rows: int  # sequences times query heads
+    splits: tuple[int, ...] = (2, 3, 7, 256)  # numbers of splits, where keys are split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,7 @@ def plain_call(draw, kernel: Kernel, limits: Limits, num_heads, batch: int, seed
         softmax_scale=scale,
         sink=kernel.sink,
         alibi=kernel.alibi,
-        num_splits=draw(st.sampled_from((2, 3, 7, 256) if kernel.splits else (0, 1))),
+        num_splits=draw(st.sampled_from(limits.splits if kernel.splits else (0, 1))),
         pack_gqa=kernel.pack_gqa,
         dropout_p=draw(st.sampled_from((0.1, 0.5))) if kernel.dropout else 0.0,
         fill=draw(st.sampled_from(fills)),
@@ -259,6 +260,6 @@ def append_call(draw, kernel: Kernel, limits: Limits, num_heads, batch: int, see
         d=kernel.d,
         d_v=kernel.d_v or kernel.d,
         strides=draw(st.sampled_from(choices if kernel.aligned else ("odd_stride",))),
-        num_splits=draw(st.sampled_from((2, 3, 7) if kernel.splits else (0, 1))),
+        num_splits=draw(st.sampled_from(limits.splits if kernel.splits else (0, 1))),
         seed=seed,
     )
