@@ -10,6 +10,7 @@ to the last part that has keys.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -36,8 +37,8 @@ class PartWeights:
 
     @staticmethod
     @cute.jit
-    def of(mLSE: cute.Tensor, sWeights: cute.Tensor, lane: Int32) -> "PartWeights":
-        """From the LSE of the parts, MAX_PARTS at most."""
+    def of(mLSE: cute.Tensor, sWeights: cute.Tensor, lane: Int32, sink: Any) -> "PartWeights":
+        """From the LSE of the parts, MAX_PARTS at most, and a logit without a value, or None."""
         num_parts = cute.size(mLSE)
         slots = MAX_PARTS // WARP_SIZE
         weights = cute.make_rmem_tensor(slots, Float32)
@@ -57,6 +58,9 @@ class PartWeights:
                 largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << step)
             )
             end = cutlass.max(end, cute.arch.shuffle_sync_bfly(end, offset=1 << step))
+        has_keys = largest > -Float32.inf
+        if const_expr(sink is not None):
+            largest = cute.arch.fmax(largest, sink) if has_keys else largest
         total = Float32(0.0)
         for i in cutlass.range_constexpr(slots):
             # -inf - -inf is NaN
@@ -65,6 +69,9 @@ class PartWeights:
             total += weights[i]
         for step in cutlass.range_constexpr(5):
             total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+        if const_expr(sink is not None):
+            sink_weight = cute.math.exp2((sink - largest) * LOG2_E, fastmath=True)
+            total = total + sink_weight if has_keys else total
         inverse = 0.0 if total == 0.0 else 1.0 / total
         for i in cutlass.range_constexpr(slots):
             sWeights[lane + WARP_SIZE * i] = weights[i] * inverse
@@ -137,7 +144,10 @@ class CombineKernel:
             parts_O = args.mOPartial[None, token, head, None]
             parts_LSE = args.mLSEPartial[None, head, token]
             mO = args.mO[token, head, None]
-        found = PartWeights.of(parts_LSE, sWeights, lane)
+        sink = None
+        if const_expr(args.mSink is not None):
+            sink = self.load_logit(args.mSink, head)
+        found = PartWeights.of(parts_LSE, sWeights, lane, sink)
         # Two questions: one is answered at trace time, one at run time.
         if const_expr(args.mLSE is not None):  # noqa: SIM102
             if lane == 0:
@@ -145,6 +155,10 @@ class CombineKernel:
         for i in cutlass.range_constexpr(self.vectors_per_lane):
             column = lane + WARP_SIZE * i
             self.merge_columns(parts_O, mO, found, column)
+
+    @cute.jit
+    def load_logit(self, mSink: cute.Tensor, head: Int32) -> Float32:
+        return Float32(mSink[head])
 
     @cute.jit
     def store_lse(self, mLSE: cute.Tensor, place, lse: Float32):

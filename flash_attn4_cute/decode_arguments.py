@@ -8,6 +8,8 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
+from .arguments import ScoreArgs
+
 
 class DecodeArgs(NamedTuple):
     """Run-time arguments of one decode launch.
@@ -15,6 +17,7 @@ class DecodeArgs(NamedTuple):
     `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d), (total_k, h_k, d) or
     (pages, page_size, h_k, d); `mLSE` (b, h, sq) or (h, total_q). With `mWorkspace`, float32 of
     `num_splits` times as many values as mO and mLSE have, keys are split.
+    The others are ForwardArgs'.
     """
 
     mQ: cute.Tensor
@@ -28,12 +31,14 @@ class DecodeArgs(NamedTuple):
     mSeqUsedQ: cute.Tensor | None
     mSeqUsedK: cute.Tensor | None
     mPageTable: cute.Tensor | None
-    mKvBatchIdx: cute.Tensor | None
+    mKvRow: cute.Tensor | None
+    mLeftPad: cute.Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32
     max_seqlen_q: Int32
     num_splits: Int32
+    score: ScoreArgs | None
 
 
 class CombineArgs(NamedTuple):
@@ -41,7 +46,8 @@ class CombineArgs(NamedTuple):
 
     `mOPartial` (parts, b, sq, h, d) or (parts, total_q, h, d), `mLSEPartial` (parts, b, h, sq) or
     (parts, h, total_q), float32; `mO` and `mLSE` without the parts. A part whose LSE is not finite
-    is not read. With `mCuSeqlensQ` or `mSeqUsedQ`, only rows that belong to a sequence are written.
+    is not read. `mSink` (h,), a logit without a value, takes part in rows that have keys. With
+    `mCuSeqlensQ` or `mSeqUsedQ`, only rows that belong to a sequence are written.
     """
 
     mOPartial: cute.Tensor
@@ -50,4 +56,5 @@ class CombineArgs(NamedTuple):
     mLSE: cute.Tensor | None
     mCuSeqlensQ: cute.Tensor | None
     mSeqUsedQ: cute.Tensor | None
+    mSink: cute.Tensor | None
     max_seqlen_q: Int32

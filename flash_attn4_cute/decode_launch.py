@@ -4,9 +4,10 @@ import torch
 
 from . import compiler
 from .decode_plan import DecodeKey
-from .launch import SMALLEST_SCALE, canonical
+from .launch import SMALLEST_SCALE, canonical, score_args
 from .plan import Plan
 from .problem import AttentionProblem, AttentionTensors
+from .rules import PLAIN
 
 
 def new_workspace(size: int, device: torch.device) -> torch.Tensor:
@@ -38,10 +39,12 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
         tensors.seqused_k,
         tensors.page_table,
         tensors.kv_batch_idx,
-        max(problem.softmax_scale, SMALLEST_SCALE),
+        tensors.cache_leftpad,
+        1.0 if key.score.scaled else max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
         plan.window_right,
         problem.seqlen_q,
         plan.num_splits,
+        None if key.score == PLAIN else score_args(problem, tensors),
     )
     compiler.compiled(key)(args)

@@ -9,7 +9,7 @@ import torch
 from .decode_tiles import DECODE_ROWS, DecodeConfig
 from .device import FAMILIES, Card
 from .problem import AttentionProblem, Layout
-from .rules import steps_beside_band
+from .rules import PLAIN, ScoreRule
 from .splits import MAX_SPLITS, choose_splits
 
 
@@ -34,6 +34,8 @@ class DecodeKey:
     has_seqused_k: bool
     has_kv_batch_idx: bool
     has_lse: bool
+    has_leftpad: bool = False
+    score: ScoreRule = PLAIN
 
     @property
     def family(self) -> str:
@@ -77,7 +79,7 @@ def decodes(p: AttentionProblem) -> bool:
 
     num_splits=1 asks for results that do not depend on the number of queries, so for one kernel.
     """
-    if steps_beside_band(p):
+    if p.dropout_p:
         return False
     asked = p.num_splits > 1 or p.pack_gqa or p.has_kv_batch_idx or p.kv_layout is Layout.PAGED
     return bool(asked) or (p.num_splits == 0 and packed_rows(p) <= MAX_PACKED_ROWS)
@@ -112,6 +114,8 @@ def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, 
         has_seqused_k=p.has_seqused_k,
         has_kv_batch_idx=p.has_kv_batch_idx,
         has_lse=p.return_lse,
+        has_leftpad=p.has_cache_leftpad,
+        score=ScoreRule.of(p),
     )
     return key, num_splits
 
@@ -136,5 +140,6 @@ def explain_decode(key: DecodeKey) -> str:
         f"kernel: mma.sync decode for {key.variant}, {key.dtype}, head_dim {key.head_dim}, "
         f"queries {key.q_layout.value}, keys {key.kv_layout.value}{pages}\n"
         f"tiles: {cfg.rows} packed rows x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
-        f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory"
+        f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory\n"
+        f"scores: {', '.join(key.score.names()) or 'scaled dot products'}"
     )

@@ -7,7 +7,7 @@ from .combine import CombineKernel
 from .decode_arguments import CombineArgs, DecodeArgs
 from .decode_plan import CombineKey, DecodeKey
 from .problem import Layout
-from .signature import NUMERIC, rows, values
+from .signature import NUMERIC, rows, score_args, values
 from .sm120.decode import DecodeSm120
 
 DECODE = {"sm120": DecodeSm120}
@@ -40,14 +40,16 @@ def trace_decode(key: DecodeKey) -> tuple:
         mPageTable=values(
             Int32, (cute.sym_int(), cute.sym_int()), key.kv_layout is Layout.PAGED
         ),
-        mKvBatchIdx=values(Int32, per_sequence, key.has_kv_batch_idx),
+        mKvRow=values(Int32, per_sequence, key.has_kv_batch_idx),
+        mLeftPad=values(Int32, per_sequence, key.has_leftpad),
         softmax_scale=Float32(1.0),
         window_left=Int32(0),
         window_right=Int32(0),
         max_seqlen_q=Int32(0),
         num_splits=Int32(1),
+        score=score_args(key.score),
     )  # fmt: skip
-    return DECODE[key.family](dtype, key.cfg, key.rule, key.box_n), (args,)
+    return DECODE[key.family](dtype, key.cfg, key.rule, key.score, key.box_n), (args,)
 
 
 def trace_combine(key: CombineKey) -> tuple:
@@ -63,6 +65,7 @@ def trace_combine(key: CombineKey) -> tuple:
         mLSE=values(Float32, lse_lead),
         mCuSeqlensQ=None,
         mSeqUsedQ=None,
+        mSink=None,
         max_seqlen_q=Int32(0),
     )
     return CombineKernel(key.head_dim, after_splits=False), (args,)

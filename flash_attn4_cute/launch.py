@@ -77,12 +77,13 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         plan.window_right,
         problem.seqlen_q,
         plan.max_ctas,
-        None if key.score == PLAIN else _score_args(problem, tensors),
+        None if key.score == PLAIN else score_args(problem, tensors),
     )
     compiler.compiled(key)(args)
 
 
-def _score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArgs:
+def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArgs:
+    """The numbers of the steps of a call's scores."""
     from .arguments import ScoreArgs
 
     slopes, aux = tensors.alibi_slopes, tensors.aux_tensors

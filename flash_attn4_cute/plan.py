@@ -14,7 +14,7 @@ from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
 from .device import FAMILIES, supported_card
 from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
-from .rules import PLAIN, BandRule, ScoreRule, steps_beside_band
+from .rules import PLAIN, BandRule, ScoreRule
 from .tiles import FORWARD_ROWS, MAX_HEAD_DIM, TileConfig, forward_row
 
 UNBOUNDED = 2**31 - 1
@@ -182,9 +182,9 @@ def _combinations(p: AttentionProblem):
         ("pack_gqa", p.pack_gqa is True),
     )
     together = [name for name, given in asked if given]
-    for step in steps_beside_band(p) if together else ():
-        rule = f"not on the GPU yet together with {', '.join(together)}"
-        yield _refuse(step, "given", rule, "leave one of them out, or pass CPU tensors")
+    if p.dropout_p and together:
+        rule = f"not on the GPU together with {', '.join(together)}"
+        yield _refuse("dropout_p", p.dropout_p, rule, "leave one of them out, or pass CPU tensors")
 
 
 def _refuse(argument: str, value: object, rule: str, way_out: str) -> str:

@@ -105,10 +105,11 @@ class Case:
 
     def missing_on_gpu(self) -> str | None:
         """Pattern of the arguments that the GPU kernels refuse, None if they answer this case."""
+        asked = self.num_splits > 1 or self.layout.startswith("paged")
         reasons = (
             (self.dtype not in HALF_DTYPES, "dtype"),
             (any(n % 8 or n > 256 for n in (self.d, self.d_v or self.d)), "head_dim"),
-            (self.decodes and self.has_steps, "together with"),
+            (self.dropout_p != 0 and asked, "together with"),
             (self.layout.startswith("paged") and self.strides in UNALIGNED_STRIDES, "a cache"),
         )
         return "|".join(pattern for applies, pattern in reasons if applies) or None

@@ -112,7 +112,7 @@ class DenseKv:
         atom, mX = tma
         head, batch, offset = where
         if const_expr(cute.rank(mX) == 4):
-            mX = mX[None, None, head, batch]
+            mX = cute.domain_offset((offset, 0), mX[None, None, head, batch])
         else:
             mX = cute.domain_offset((offset, 0), mX[None, None, head])
         tXsX, tXgX = boxes(atom, sX, mX)

@@ -18,6 +18,7 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, pipeline
+from cutlass.cute.nvgpu import cpasync
 
 from ..combine import CombineKernel
 from ..common.fragments import rows_and_columns
@@ -35,14 +36,20 @@ from .forward import rows_first
 class DecodeSm120:
     """The decode kernel for one dtype, one tile configuration and one mask rule.
 
-    `box_n` is None unless K and V come in pages: then a page is a multiple of so many rows.
+    `score` is the ScoreRule. `box_n` is None unless K and V come in pages: then a page is a
+    multiple of so many rows.
     """
 
     def __init__(
-        self, dtype: type[cutlass.Numeric], cfg: DecodeConfig, rule: Any, box_n: int | None
+        self,
+        dtype: type[cutlass.Numeric],
+        cfg: DecodeConfig,
+        rule: Any,
+        score: Any,
+        box_n: int | None,
     ):
         cfg.check()
-        self.dtype, self.cfg, self.rule = dtype, cfg, rule
+        self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
         self.tile = KvTile(
             dtype, cfg.block_n, cfg.head_dim, cfg.swizzle_elements, box_n or cfg.block_n
         )
@@ -69,7 +76,14 @@ class DecodeSm120:
             mO, mLSE = partials(args)
             self.launch(args._replace(mO=mO, mLSE=mLSE), tma, grid, stream)
             merge = CombineArgs(
-                mO, mLSE, args.mO, args.mLSE, args.mCuSeqlensQ, args.mSeqUsedQ, args.max_seqlen_q
+                mO,
+                mLSE,
+                args.mO,
+                args.mLSE,
+                args.mCuSeqlensQ,
+                args.mSeqUsedQ,
+                None if args.score is None else args.score.mSink,
+                args.max_seqlen_q,
             )
             head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
             CombineKernel(head_dim_v, after_splits=True)(merge, stream)
@@ -114,6 +128,8 @@ class DecodeSm120:
         work = DecodeWork.of(cfg, self.rule, args, grid)
         cute.arch.griddepcontrol_launch_dependents()
         if warp == cfg.load_warp:
+            for operand in tma:
+                cpasync.prefetch_descriptor(operand[0])
             boxes = cute.make_tensor(sKV.iterator, tile.box_layout(cfg.kv_stages))
             k, v = (self.source(args, operand, boxes, work) for operand in tma)
             DecodeLoadRole(k, v, producer, work).run()
@@ -122,9 +138,9 @@ class DecodeSm120:
             acc_O = SliceMma(cfg, self.dtype, cute.arch.lane_idx()).accumulator(cfg.head_dim)
             num_rows = cute.size(rows_and_columns(acc_O), mode=[0])
             softmax = OnlineSoftmax.start(args.softmax_scale, num_rows)
-            DecodeComputeRole(cfg, self.dtype, guard_v, sKV, consumer, work).run(
-                args, acc_O, softmax
-            )
+            DecodeComputeRole(
+                cfg, self.rule, self.score, self.dtype, guard_v, sKV, consumer, work
+            ).run(args, acc_O, softmax)
             staged = cute.make_tensor(
                 cute.recast_ptr(sKV.iterator, dtype=Float32), self.staging_layout()
             )
@@ -144,15 +160,8 @@ class DecodeSm120:
         if args.mPageTable is not None:
             where = (work.kv_head, seqlen.seqlen_k)
             return PagedKv.of(self.tile, tma, boxes, where, args.mPageTable[work.batch, None])
-        where = (work.kv_head, self.kv_batch(args, work.batch), seqlen.offset_k)
+        where = (work.kv_head, seqlen.batch_k, seqlen.offset_k)
         return DenseKv.of(self.tile, tma, boxes, where)
-
-    @cute.jit
-    def kv_batch(self, args: DecodeArgs, batch: Int32) -> Int32:
-        """The row of dense K and V that belongs to sequence `batch`."""
-        if const_expr(args.mKvBatchIdx is not None):
-            batch = args.mKvBatchIdx[batch]
-        return batch
 
 
 @cute.jit

@@ -13,6 +13,8 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from ..common.fragments import as_operand_a, rows_and_columns
+from ..common.scheduler import WorkTile
+from ..common.score import ScoreSteps
 from ..common.softmax import OnlineSoftmax
 from ..decode_arguments import DecodeArgs
 from ..decode_tiles import M_ATOM, DecodeConfig
@@ -42,6 +44,11 @@ class SliceMma:
     def query(self) -> cute.Tensor:
         shape = self.tiled_mma().partition_shape_A((self.cfg.rows, self.cfg.head_dim))
         return cute.make_rmem_tensor(shape, self.dtype)
+
+    def score_coordinates(self) -> cute.Tensor:
+        """(row, column) inside the slice of every score of the lane, as (rows, columns)."""
+        cS = cute.make_identity_tensor((self.cfg.rows, self.cfg.keys_per_warp))
+        return rows_and_columns(self.tiled_mma().get_slice(self.lane).partition_C(cS))
 
     @cute.jit
     def load_query(self, tSrQ: cute.Tensor, args: DecodeArgs, work: DecodeWork):
@@ -134,10 +141,48 @@ class RowBounds:
 
 
 @dataclass(frozen=True)
+class RowSteps:
+    """The steps from dot products to scores, row by row: rows differ in token and head."""
+
+    steps: tuple[ScoreSteps, ...]
+    tokens: tuple[Int32, ...]
+
+    @staticmethod
+    def of(
+        rules: tuple, num_rows: int, args: DecodeArgs, work: DecodeWork, lane: Int32
+    ) -> "RowSteps":
+        """`rules` is (ScoreRule, mask_mod)."""
+        steps, tokens = [], []
+        for r in range(num_rows):
+            row = work.row + lane // 4 + ROWS_APART * r
+            head = work.kv_head * work.group + row % work.group
+            place = WorkTile(Int32(0), head, work.batch)
+            steps.append(ScoreSteps.of(*rules, args, place, work.seqlen))
+            tokens.append(row // work.group)
+        return RowSteps(tuple(steps), tuple(tokens))
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to do before the band mask."""
+        return self.steps[0].any
+
+    @cute.jit
+    def apply(self, acc_S_mn: cute.Tensor, coord_mn: cute.Tensor, key: Int32):
+        """Turn the thread's dot products into scores; the warp's slice begins at `key`."""
+        for r in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[0])):
+            shape = (1, cute.size(acc_S_mn, mode=[1]))
+            acc_row = cute.local_tile(acc_S_mn, shape, (r, 0))
+            coord_row = cute.local_tile(coord_mn, shape, (r, 0))
+            self.steps[r].apply(acc_row, coord_row, self.tokens[r] - coord_mn[r, 0][0], key)
+
+
+@dataclass(frozen=True)
 class DecodeComputeRole:
     """Consumes the ring; leaves this warp's O, maxima and sums unmerged in registers."""
 
     cfg: Constexpr[DecodeConfig]
+    rule: Constexpr[Any]
+    score: Constexpr[Any]
     dtype: Constexpr[type[cutlass.Numeric]]
     guard_v: Constexpr[bool]  # rows past seqlen_k may hold anything: TMA did not zero them
     sKV: cute.Tensor
@@ -155,7 +200,9 @@ class DecodeComputeRole:
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
         tSrQ = mma.query()
         mma.load_query(tSrQ, args, work)
-        bounds = RowBounds.of(cute.size(acc_S_mn, mode=[0]), work, lane)
+        num_rows = cute.size(acc_S_mn, mode=[0])
+        bounds = RowBounds.of(num_rows, work, lane)
+        steps = RowSteps.of((self.score, self.rule.mask_mod), num_rows, args, work, lane)
         acc_O.fill(0.0)
         for i in cutlass.range(work.hi - work.lo, unroll=1):
             block = work.hi - 1 - i
@@ -163,6 +210,8 @@ class DecodeComputeRole:
             slot = kv_ring.wait_and_advance()
             mma.scores(acc_S, tSrQ, self.slice(slot.index, warp_index))
             slot.release()
+            if const_expr(steps.any):
+                steps.apply(acc_S_mn, mma.score_coordinates(), key)
             if block < work.full_lo or block >= work.full_hi:
                 bounds.apply(acc_S_mn, key, lane)
             softmax.update(acc_S_mn, acc_O_mn)

@@ -4,7 +4,9 @@ With m_w, l_w and O_w of warp w (see common.softmax) and M = max_w m_w,
 
     l = sum_w 2^((m_w - M) c) l_w        O = sum_w 2^((m_w - M) c) O_w / l
 
-always summed in the order of the warps, so that a result repeats bit for bit.
+always summed in the order of the warps, so that a result repeats bit for bit. A sink, a logit
+without a value, takes part where there are keys: here unless keys are split, for then `combine`
+adds it.
 """
 
 from dataclasses import dataclass
@@ -43,10 +45,11 @@ class WarpMerge:
         self._stage(acc_O, softmax)
         self._meet()
         num_rows = cutlass.min(self.work.num_rows, self.cfg.rows)
-        self._store_lse(args, thread, num_rows, softmax.scale_log2)
+        scale_log2 = softmax.scale_log2
+        self._store_lse(args, thread, num_rows, scale_log2)
         # The combine kernel does not read O of a split without keys.
         if const_expr(args.mWorkspace is None) or self.work.lo < self.work.hi:
-            self._store_rows(args, thread, num_rows, softmax.scale_log2)
+            self._store_rows(args, thread, num_rows, scale_log2)
 
     @cute.jit
     def _meet(self):
@@ -74,31 +77,47 @@ class WarpMerge:
                 cute.autovec_copy(source, target)
 
     @cute.jit
-    def _weights(self, row: Int32, scale_log2: Float32):
+    def _weights(self, args: DecodeArgs, row: Int32, scale_log2: Float32):
         """(weight of each warp's O, M * c, l) of a row; no keys: weights and l are 0."""
         num_warps = self.cfg.num_compute_warps
         weights = cute.make_rmem_tensor(num_warps, Float32)
         largest = -Float32.inf
         for w in cutlass.range_constexpr(num_warps):
             largest = cute.arch.fmax(largest, self.sMax[w, row])
-        total = Float32(0.0)
+        total, m_log2 = Float32(0.0), largest * scale_log2
+        sink_log2 = self._sink_log2(args, row)
+        if const_expr(sink_log2 is not None):
+            m_log2 = cute.arch.fmax(m_log2, sink_log2)
         for w in cutlass.range_constexpr(num_warps):
             m = self.sMax[w, row]
-            factor = cute.math.exp2((m - largest) * scale_log2, fastmath=True)
+            factor = cute.math.exp2(m * scale_log2 - m_log2, fastmath=True)
             # -inf - -inf is NaN
             weights[w] = 0.0 if m == -Float32.inf else factor
             total += weights[w] * self.sSum[w, row]
+        if const_expr(sink_log2 is not None):
+            with_sink = total + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
+            total = 0.0 if largest == -Float32.inf else with_sink
         inverse = 0.0 if total == 0.0 else 1.0 / total
         for w in cutlass.range_constexpr(num_warps):
             weights[w] = weights[w] * inverse
-        return weights, largest * scale_log2, total
+        return weights, m_log2, total
+
+    @cute.jit
+    def _sink_log2(self, args: DecodeArgs, row: Int32):
+        """The sink of a row's head in powers of two; None if it does not take part here."""
+        sink_log2 = None
+        mSink = None if args.score is None or args.mWorkspace is not None else args.score.mSink
+        if const_expr(mSink is not None):
+            _, head = self._place(row)
+            sink_log2 = Float32(mSink[head]) * LOG2_E
+        return sink_log2
 
     @cute.jit
     def _store_lse(self, args: DecodeArgs, thread: Int32, num_rows: Int32, scale_log2: Float32):
         # Two questions: one is answered at trace time, one at run time.
         if const_expr(args.mLSE is not None):  # noqa: SIM102
             if thread < num_rows:
-                _, m_log2, total = self._weights(thread, scale_log2)
+                _, m_log2, total = self._weights(args, thread, scale_log2)
                 lse = (cute.math.log2(total) + m_log2) / LOG2_E
                 token, head = self._place(thread)
                 mLSE = self._own(args, args.mLSE, 3)
@@ -112,7 +131,7 @@ class WarpMerge:
             thread, num_rows * per_row, self.cfg.num_compute_warps * WARP_SIZE, unroll=1
         ):
             row, column = i // per_row, i % per_row
-            weights, _, _ = self._weights(row, scale_log2)
+            weights, _, _ = self._weights(args, row, scale_log2)
             value = cute.make_rmem_tensor(STORE_ELEMENTS, Float32)
             value.fill(0.0)
             for w in cutlass.range_constexpr(self.cfg.num_compute_warps):
