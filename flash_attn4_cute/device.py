@@ -8,12 +8,23 @@ import torch
 # Compute capability -> variant. A variant is machine code for exactly one capability.
 VARIANTS: dict[tuple[int, int], str] = {
     (9, 0): "sm90a",
+    (10, 0): "sm100a",
+    (10, 3): "sm103a",
     (12, 0): "sm120a",
     (12, 1): "sm121a",
 }
 # The kernels that a variant is compiled from.
-FAMILIES = {"sm90a": "sm120", "sm120a": "sm120", "sm121a": "sm120"}
-SUPPORTED = "9.0 (H100, H200), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10)"
+FAMILIES = {
+    "sm90a": "sm120",
+    "sm100a": "sm100",
+    "sm103a": "sm100",
+    "sm120a": "sm120",
+    "sm121a": "sm120",
+}
+INSTRUCTIONS = {"sm120": "mma.sync", "sm100": "tcgen05"}  # of each family's kernels
+SUPPORTED = (
+    "9.0 (H100, H200), 10.0 (B200), 10.3 (B300), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,8 @@ def describe(device: torch.device) -> str:
     major, minor = found.capability
     if found.variant is None:
         return f"no variant: {found.name} has capability {major}.{minor}, supported are {SUPPORTED}"
+    instructions = INSTRUCTIONS[FAMILIES[found.variant]]
     return (
-        f"variant {found.variant}: mma.sync kernels, because {found.name} "
+        f"variant {found.variant}: {instructions} kernels, because {found.name} "
         f"has compute capability {major}.{minor} ({found.num_sms} SMs)"
     )

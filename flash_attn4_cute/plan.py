@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
-from .device import FAMILIES, supported_card
+from .device import INSTRUCTIONS, supported_card
 from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
 from .rules import PLAIN, BandRule, ScoreRule
-from .tiles import FORWARD_ROWS, MAX_HEAD_DIM, TileConfig, forward_row
+from .sm100 import tiles as sm100_tiles
+from .tiles import FORWARD_ROWS, TileConfig
 
 UNBOUNDED = 2**31 - 1
+MAX_HEAD_DIM = 256
 AUX_DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32,
     torch.int64, torch.bool,
@@ -30,7 +32,7 @@ class ForwardKey:
 
     variant: str
     dtype: torch.dtype
-    cfg: TileConfig
+    cfg: TileConfig | sm100_tiles.TileConfig
     rule: BandRule
     q_layout: Layout
     kv_layout: Layout
@@ -43,8 +45,8 @@ class ForwardKey:
 
     @property
     def family(self) -> str:
-        """The kernels' architecture family."""
-        return FAMILIES[self.variant]
+        """The kernels' architecture family: that of the tiles."""
+        return self.cfg.family
 
     def trace(self) -> tuple:
         """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
@@ -72,11 +74,10 @@ class Plan:
         else:
             cfg = key.cfg
             kernel = (
-                f"kernel: mma.sync forward for {key.variant}, {key.dtype}, head_dim up to "
-                f"{cfg.head_dim} and {cfg.head_dim_v} for v, "
+                f"kernel: {INSTRUCTIONS[key.family]} forward for {key.variant}, {key.dtype}, "
+                f"head_dim up to {cfg.head_dim} and {cfg.head_dim_v} for v, "
                 f"queries {key.q_layout.value}, keys {key.kv_layout.value}\n"
-                f"tiles: {cfg.block_m} queries x {cfg.block_n} keys, {cfg.kv_stages} K/V slots, "
-                f"{cfg.num_compute_warps} compute warps, {cfg.smem_bytes} bytes of shared memory\n"
+                f"tiles: {cfg.explain()}\n"
                 f"scores: {', '.join(key.score.names()) or 'scaled dot products'}"
             )
         bounds = " and ".join(
@@ -106,11 +107,9 @@ def make_plan(problem: AttentionProblem) -> Plan:
         NotImplementedError: the card or a feature that the GPU kernels do not have.
     """
     card = supported_card(problem.device)
+    assert card.variant is not None, "supported_card has refused the others"
     for refusal in _refusals(problem):
         raise NotImplementedError(refusal)
-    assert card.variant is not None, "supported_card has refused the others"
-    cfg = forward_row(problem.head_dim, problem.head_dim_v)
-    assert cfg is not None, "the last row holds every head dimension that is not refused"
     band = band_of(problem.mask)
     left, right = (band.left, band.right) if isinstance(band, Band) else (None, None)
     # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
@@ -125,6 +124,8 @@ def make_plan(problem: AttentionProblem) -> Plan:
     if decodes(problem):
         decode_key, num_splits = decode_plan(problem, rule, card)
         return Plan(key=decode_key, num_splits=num_splits, **shared)
+    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v)
+    assert cfg is not None, "the last row holds every head dimension that is not refused"
     key = ForwardKey(
         variant=card.variant,
         dtype=problem.dtype,
@@ -145,9 +146,18 @@ def make_plan(problem: AttentionProblem) -> Plan:
     return Plan(key=key, max_ctas=card.num_sms if even else UNBOUNDED, **shared)
 
 
-def forward_rows(variant: str) -> list[TileConfig]:
-    """Every tile configuration that a variant can be asked for."""
-    return list(FORWARD_ROWS)
+def forward_rows(variant: str) -> tuple[Any, ...]:
+    """The tile configurations of a variant's own family, the narrowest first."""
+    return sm100_tiles.FORWARD_ROWS.get(variant, FORWARD_ROWS)
+
+
+def forward_row(variant: str, head_dim: int, head_dim_v: int) -> Any:
+    """The narrowest row whose tiles hold tensors of these head dimensions, or None.
+
+    Every card has mma.sync: its rows serve what the variant's own family has no tiles for.
+    """
+    rows = (*forward_rows(variant), *FORWARD_ROWS)
+    return next((row for row in rows if row.holds(head_dim, head_dim_v)), None)
 
 
 def _refusals(p: AttentionProblem):

@@ -11,6 +11,7 @@ from .arguments import AppendArgs, ForwardArgs, ScoreArgs
 from .plan import ForwardKey
 from .problem import Layout
 from .rules import PLAIN, ScoreRule
+from .sm100.forward import ForwardSm100
 from .sm120.forward import ForwardSm120
 
 NUMERIC = {
@@ -23,7 +24,7 @@ NUMERIC = {
     torch.int8: cutlass.Int8,
     torch.uint8: cutlass.Uint8,
 }
-FORWARD = {"sm120": ForwardSm120}
+FORWARD = {"sm100": ForwardSm100, "sm120": ForwardSm120}
 
 
 def rows(dtype, shape: tuple, present: bool = True) -> cute.Tensor | None:

@@ -21,6 +21,11 @@ class RegisterBudget:
     load: int
     compute: int
 
+    @property
+    def changes(self) -> set[tuple[str, int]]:
+        """What `setmaxnreg` does."""
+        return {("inc", self.compute), ("dec", self.load)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileConfig:
@@ -43,6 +48,11 @@ class TileConfig:
     q_in_registers: bool = False
     registers: RegisterBudget = RegisterBudget(load=24, compute=240)
     stack_bytes: int = 0
+
+    @property
+    def family(self) -> str:
+        """The kernels that these tiles are for."""
+        return "sm120"
 
     @property
     def block_m(self) -> int:
@@ -70,6 +80,13 @@ class TileConfig:
         """Shared memory of one CTA: the Q tile, the ring of K and V blocks, the barriers."""
         row = 2 * self.head_dim
         return row * (self.block_m + self.kv_stages * self.block_n) + BARRIER_BYTES
+
+    def explain(self) -> str:
+        """What the tiles are, for people."""
+        return (
+            f"{self.block_m} queries x {self.block_n} keys, {self.kv_stages} K/V slots, "
+            f"{self.num_compute_warps} compute warps, {self.smem_bytes} bytes of shared memory"
+        )
 
     def check(self) -> None:
         """Assert what the kernel takes for granted; a row that fails is our bug."""
@@ -114,9 +131,3 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
         head_dim=256, head_dim_v=256, block_n=32, kv_stages=2, rows_per_warp=16, q_in_registers=True
     ),
 )
-MAX_HEAD_DIM = max(row.head_dim for row in FORWARD_ROWS)
-
-
-def forward_row(head_dim: int, head_dim_v: int) -> TileConfig | None:
-    """The narrowest row whose tiles hold tensors of these head dimensions."""
-    return next((row for row in FORWARD_ROWS if row.holds(head_dim, head_dim_v)), None)

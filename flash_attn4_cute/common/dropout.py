@@ -65,6 +65,16 @@ class Dropout:
                     p = acc_mn[r, 2 * tile + half]
                     acc_mn[r, 2 * tile + half] = p if word >= self.threshold else 0.0
 
+    @cute.jit
+    def apply_to_row(self, p: cute.Tensor, row: Int32, key: Int32):
+        """Zero the dropped elements of row `row` from column `key`, a multiple of 4, on."""
+        for group in cutlass.range_constexpr(cute.size(p) // 4):
+            counter = (Uint32(key // 4 + group), Uint32(row), self.stream, self.offset)
+            words = philox(counter, self.seed)
+            for c in cutlass.range_constexpr(4):
+                kept = p[4 * group + c]
+                p[4 * group + c] = kept if words[c] >= self.threshold else 0.0
+
 
 def philox(counter: tuple, key: tuple) -> tuple:
     """Philox4x32-10: four 32-bit words from a counter of four and a key of two."""

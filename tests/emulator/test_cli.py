@@ -28,10 +28,8 @@ def test_report(capsys):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ("--arch sm100a", "no kernel of this repository"),
+        ("--arch sm100a --head-dim 264", "head_dim=264"),
         ("--arch sm13", "not emulated"),
-        ("--softcap 10", "softcap=10"),
-        ("--sink", "learnable_sink"),
         ("--heads 3 --kv-heads 2", "no multiple"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Arithmetic of the softmax, two columns an instruction where the machine has one for it."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass._mlir.dialects import nvvm
+from cutlass.cutlass_dsl import dsl_user_op
+
+from .tiles import PAIRS_PER_UNIT
+
+# Adding it rounds a number in (-2^22, 2^22) to an integer, which stands in the low bits of the sum.
+ROUND = float(2**23 + 2**22)
+MANTISSA_BITS = 23
+SMALLEST_EXPONENT = -127.0  # the float with exponent bits 0 and mantissa 0 is 0
+# 2^f = 1 + f (a + f (b + f c)) on [0, 1): relative error below 8.6e-5, by Remez exchange with the
+# value at 0 held, so that powers of two are exact.
+CUBIC = (0.6951167583465576, 0.22764499485492706, 0.07706703990697861)
+
+
+@dsl_user_op
+def max3(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    """The greatest of three numbers; NaN counts for nothing."""
+    a, b, c = (Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c))
+    return Float32(nvvm.fmax(a, b, c=c, loc=loc, ip=ip))
+
+
+@cute.jit
+def row_max(row: cute.Tensor, start: Float32) -> Float32:
+    """The greatest of `start` and a row of 4 n values: four chains, to overlap their latencies."""
+    chains = [start, -Float32.inf, -Float32.inf, -Float32.inf]
+    step = 2 * len(chains)
+    for i in cutlass.range_constexpr(0, cute.size(row), step):
+        for j in cutlass.range_constexpr(len(chains)):
+            chains[j] = max3(chains[j], row[i + 2 * j], row[i + 2 * j + 1])
+    return max3(chains[0], chains[1], cute.arch.fmax(chains[2], chains[3]))
+
+
+def start_sums(start: Float32) -> list:
+    """Four chains of partial sums, two columns wide, of which one starts with `start`."""
+    zero = Float32(0.0)
+    return [(start, zero), (zero, zero), (zero, zero), (zero, zero)]
+
+
+def add_to_sums(sums: list, row: cute.Tensor) -> list:
+    """The chains after 8 n more values."""
+    sums = list(sums)
+    for i in range(0, cute.size(row), 2):
+        chain = i // 2 % len(sums)
+        sums[chain] = cute.arch.add_packed_f32x2(sums[chain], (row[i], row[i + 1]))
+    return sums
+
+
+def total_of(sums: list) -> Float32:
+    """The sum of all values, in an order that depends on their number alone."""
+    left = cute.arch.add_packed_f32x2(sums[0], sums[1])
+    right = cute.arch.add_packed_f32x2(sums[2], sums[3])
+    total = cute.arch.add_packed_f32x2(left, right)
+    return total[0] + total[1]
+
+
+@cute.jit
+def scale_and_shift(row: cute.Tensor, scale: Float32, shift: Float32):
+    """row <- row * scale - shift, in place."""
+    for i in cutlass.range_constexpr(0, cute.size(row), 2):
+        row[i], row[i + 1] = cute.arch.fma_packed_f32x2(
+            (row[i], row[i + 1]), (scale, scale), (-shift, -shift)
+        )
+
+
+@cute.jit
+def exp2_row(row: cute.Tensor, first_pair: int, emulated_pairs: int):
+    """row <- 2^row, in place; `emulated_pairs` of every eight pairs on the FMA units.
+
+    Which pairs depends on their columns alone: `first_pair` is the number of pairs before the row.
+    """
+    for i in cutlass.range_constexpr(0, cute.size(row), 2):
+        if cutlass.const_expr(is_emulated(first_pair + i // 2, emulated_pairs)):
+            row[i], row[i + 1] = exp2_by_fma(row[i], row[i + 1])
+        else:
+            row[i] = cute.math.exp2(row[i], fastmath=True)
+            row[i + 1] = cute.math.exp2(row[i + 1], fastmath=True)
+
+
+def is_emulated(pair: int, emulated_pairs: int) -> bool:
+    """Whether a pair of columns is among those spread evenly over each unit of eight."""
+    place = pair % PAIRS_PER_UNIT
+    return (place + 1) * emulated_pairs // PAIRS_PER_UNIT > place * emulated_pairs // PAIRS_PER_UNIT
+
+
+@cute.jit
+def exp2_by_fma(x: Float32, y: Float32):
+    """(2^x, 2^y) for x, y <= 127: a cubic in the fraction, the integer added to the exponent.
+
+    -inf and everything below -127 give a number below 2^-126, and exactly 0 at -127 and -inf.
+    """
+    low = (cute.arch.fmax(x, SMALLEST_EXPONENT), cute.arch.fmax(y, SMALLEST_EXPONENT))
+    rounded = cute.arch.add_packed_f32x2(low, (ROUND, ROUND), rnd="rm")
+    floor = cute.arch.sub_packed_f32x2(rounded, (ROUND, ROUND))
+    f = cute.arch.sub_packed_f32x2(low, floor)
+    a, b, c = ((coefficient, coefficient) for coefficient in CUBIC)
+    power = cute.arch.fma_packed_f32x2(c, f, b)
+    power = cute.arch.fma_packed_f32x2(power, f, a)
+    power = cute.arch.fma_packed_f32x2(power, f, (1.0, 1.0))
+    return _add_to_exponent(power[0], rounded[0]), _add_to_exponent(power[1], rounded[1])
+
+
+@dsl_user_op
+def _add_to_exponent(power: Float32, rounded: Float32, *, loc=None, ip=None) -> Float32:
+    """power * 2^n, n the integer in the low bits of `rounded`."""
+    bits = Int32(Float32(power).bitcast(Int32)) + (
+        Int32(Float32(rounded).bitcast(Int32)) << MANTISSA_BITS
+    )
+    return bits.bitcast(Float32)

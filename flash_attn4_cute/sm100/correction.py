@@ -1,0 +1,123 @@
+"""The correction role: a warpgroup rescales O between its products, and finishes it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, const_expr
+
+from ..arguments import ForwardArgs
+from ..common.softmax import LOG2_E
+from .epilogue import Epilogue
+from .rings import Rings
+from .softmax import Statistics
+from .tiles import BLOCK_M, NUM_Q_TILES, WARP_SIZE, WARPS_PER_GROUP, TileConfig
+from .tmem import (
+    TmemMap,
+    TmemRow,
+    fence_after_sync,
+    fence_before_sync,
+    wait_loads,
+    wait_stores,
+)
+from .work import Work, WorkQueue
+
+CHUNK = 16  # columns of O that are rescaled at a time
+
+
+@dataclass(frozen=True)
+class CorrectionRole:
+    """Consumes the statistics and O, writes O and LSE to global memory."""
+
+    cfg: Constexpr[TileConfig]
+    dtype: Constexpr[type[cutlass.Numeric]]
+    score: Constexpr[Any]
+    tmem: Constexpr[TmemMap]
+    statistics: Statistics
+    sO: cute.Tensor  # where each warp stages its own 32 rows
+    rings: Rings
+    queue: WorkQueue
+
+    @cute.jit
+    def run(self, args: ForwardArgs):
+        rings = self.rings
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % WARPS_PER_GROUP
+        thread = warp * WARP_SIZE + cute.arch.lane_idx()
+        factor_phase, tile_phase = Int32(0), Int32(0)
+        turn = Int32(0)
+        while self.queue.has_work(turn):
+            work = self.queue.work(args, turn)
+            if work.num_blocks > 0:
+                # O of the tile before has been read: the first P V may overwrite it.
+                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                    rings.p.arrive_full("correction", tile)
+                for _ in cutlass.range(work.num_blocks - 1, unroll=1):
+                    for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                        rings.factor.wait_full(tile, factor_phase)
+                        self.rescale(tile, thread)
+                        fence_before_sync()
+                        rings.p.arrive_full("correction", tile)
+                    factor_phase ^= 1
+                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                    rings.final.wait_full(tile, tile_phase)
+                    total = self.statistics.sSum[thread, tile]
+                    m = self.statistics.sMax[thread, tile]
+                    rings.final.arrive_empty("correction", tile)
+                    rings.o.wait_full(tile, tile_phase)
+                    fence_after_sync()
+                    self.finish(args, work, tile, thread, total, m)
+                tile_phase ^= 1
+            elif work.row < work.seqlen.seqlen_q:
+                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                    self.epilogue(work, tile, thread).store_nothing(args)
+            turn += 1
+
+    @cute.jit
+    def rescale(self, tile: Constexpr[int], thread: Int32):
+        """O <- O * factor, if any row of the warp asks for it.
+
+        The scores of this block were issued behind the last P V: it is done.
+        """
+        factor = self.statistics.sFactor[thread, tile]
+        if cute.arch.vote_any_sync(factor != 1.0):
+            fence_after_sync()
+            for j in cutlass.range_constexpr(self.cfg.head_dim_v // CHUNK):
+                row = TmemRow(self.tmem.o[tile] + j * CHUNK, CHUNK, thread)
+                rO = cute.make_rmem_tensor(CHUNK, Float32)
+                row.load(rO, CHUNK)
+                wait_loads()
+                for i in cutlass.range_constexpr(0, CHUNK, 2):
+                    rO[i], rO[i + 1] = cute.arch.mul_packed_f32x2(
+                        (rO[i], rO[i + 1]), (factor, factor)
+                    )
+                row.store(rO, CHUNK)
+            wait_stores()
+
+    @cute.jit
+    def finish(self, args: ForwardArgs, work: Work, tile: Constexpr[int], thread, total, m):
+        """Divide O by l, store it and the log-sum-exp; a row that saw no key: O = 0, LSE = -inf.
+
+        A sink, a logit without a value, takes part where there are keys; see OnlineSoftmax.finish.
+        """
+        epilogue = self.epilogue(work, tile, thread)
+        empty = total == 0.0
+        m_log2 = m * args.softmax_scale * LOG2_E
+        factor = Float32(1.0)
+        if const_expr(self.score.sink is not None):
+            sink_log2 = args.score.mSink[work.tile.head].to(Float32) * LOG2_E
+            m_old = m_log2
+            m_log2 = cute.arch.fmax(m_old, sink_log2)
+            factor = cute.math.exp2(m_old - m_log2, fastmath=True)
+            total = total * factor + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
+        # ln l + m * scale, with scale = c ln 2
+        lse = (cute.math.log2(total, fastmath=True) + m_log2) / LOG2_E
+        epilogue.store_lse(args, -Float32.inf if empty else lse)
+        if const_expr(self.score.dropout):
+            factor = factor * args.score.keep_scale
+        inverse = 0.0 if empty else factor * cute.arch.rcp_approx(total)
+        epilogue.store_o(args, self.tmem.o[tile], inverse)
+
+    def epilogue(self, work: Work, tile: int, thread: Int32) -> Epilogue:
+        row = work.row + tile * BLOCK_M
+        return Epilogue(self.cfg, self.dtype, self.sO, work, row, thread)

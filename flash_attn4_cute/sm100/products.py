@@ -1,0 +1,120 @@
+"""The matrix products of the tensor core, as PTX knows them: descriptors, and one step of 16.
+
+S = Q K^T with both operands in shared memory, O += P V with P in tensor memory. Bits by the PTX
+manual, tcgen05: "Shared memory descriptor" and "Instruction descriptor".
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
+
+from .tiles import BLOCK_M, SWIZZLE_COLUMNS, TileConfig
+
+STEP = 16  # of the contraction, one instruction
+UNIT = 16  # bytes, in which descriptors count
+ADDRESS_MASK = 0x3FFF
+FLOAT32_ACCUMULATOR = 1 << 4
+TRANSPOSED_B = 1 << 16  # B with the row index contiguous
+DESCRIPTOR_VERSION = 1 << 46 - 32  # in the upper word, like the swizzle
+SWIZZLES = {128: 2 << 61 - 32, 64: 4 << 61 - 32, 32: 6 << 61 - 32}  # by bytes of an atom's rows
+
+
+def swizzle_columns(columns: int) -> int:
+    """16-bit columns of one swizzle atom: the widest of 64, 32, 16 that divides `columns`."""
+    return next(n for n in SWIZZLE_COLUMNS if columns % n == 0)
+
+
+@dataclass(frozen=True)
+class SmemOperand:
+    """Tiles (rows, columns) of 16-bit elements in slots `slot_bytes` apart, columns contiguous.
+
+    Atoms of 8 rows and one swizzle width follow each other along the rows, then along the columns.
+    `transposed`: the contraction runs over the rows, as in P V, not over the columns.
+    """
+
+    rows: Constexpr[int]
+    columns: Constexpr[int]
+    slot_bytes: Constexpr[int]
+    transposed: Constexpr[bool]
+    base: Int32  # address in shared memory
+
+    @property
+    def row_bytes(self) -> int:
+        return 2 * swizzle_columns(self.columns)
+
+    @property
+    def upper(self) -> int:
+        """The constant half: stride between groups of 8 rows, version, swizzle."""
+        return 8 * self.row_bytes // UNIT | DESCRIPTOR_VERSION | SWIZZLES[self.row_bytes]
+
+    def lower(self, slot: Int32) -> Int32:
+        """Start address of a slot, and the stride between atoms along the columns."""
+        start = (self.base + slot * self.slot_bytes) // UNIT
+        stride = self.rows * self.row_bytes // UNIT if self.transposed else 1
+        return (start & ADDRESS_MASK) | stride << 16
+
+    def offset(self, step: int) -> int:
+        """What `lower` of the step-th 16 of the contraction is greater by."""
+        if self.transposed:
+            return step * STEP * self.row_bytes // UNIT
+        atom, inside = divmod(2 * STEP * step, self.row_bytes)
+        return (atom * self.rows * self.row_bytes + inside) // UNIT
+
+
+@dataclass(frozen=True)
+class Products:
+    """The two products for one element type and one tile configuration."""
+
+    dtype: Constexpr[type[cutlass.Numeric]]
+    cfg: Constexpr[TileConfig]
+
+    def instruction(self, n: int, transposed: bool) -> int:
+        """The instruction descriptor of a (128, n) product with fp32 accumulation."""
+        kind = int(self.dtype is cutlass.BFloat16)
+        bits = FLOAT32_ACCUMULATOR | kind << 7 | kind << 10 | n // 8 << 17 | BLOCK_M // 16 << 24
+        return bits | TRANSPOSED_B if transposed else bits
+
+
+@dsl_user_op
+def multiply(d: int, a, b, instruction: int, accumulate, *, loc=None, ip=None):
+    """D = A B, or D += A B, over 16 of the contraction; by one thread, done when committed.
+
+    d: column of tensor memory. a: the same, or a descriptor (lower word, offset, upper word); b:
+    such a descriptor. The offset is added here, not outside: the compiler would keep the sums of
+    all steps in registers.
+    """
+    in_tmem = isinstance(a, int)
+    lower_a, offset_a, upper_a = (0, 0, 0) if in_tmem else a
+    lower_b, offset_b, upper_b = b
+    llvm.inline_asm(
+        None,
+        [Int32(x).ir_value(loc=loc, ip=ip) for x in (lower_a, lower_b, accumulate)],
+        "{\n"
+        ".reg .pred add;\n.reg .b64 a, b;\n.reg .b32 d, lower_a, lower_b;\n"
+        f"mov.b32 d, {d};\n"
+        + (
+            f"mov.b32 lower_a, {a};\n"
+            if in_tmem
+            else f"add.u32 lower_a, $0, {offset_a};\nmov.b64 a, {{lower_a, {upper_a}}};\n"
+        )
+        + f"add.u32 lower_b, $1, {offset_b};\nmov.b64 b, {{lower_b, {upper_b}}};\n"
+        "setp.ne.b32 add, $2, 0;\n"
+        f"tcgen05.mma.cta_group::1.kind::f16 [d], {'[lower_a]' if in_tmem else 'a'}, b, "
+        f"{instruction}, add;\n"
+        "}\n",
+        "r,r,r",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+def smem_address(tensor: cute.Tensor) -> Int32:
+    """Where a tensor begins in shared memory."""
+    return Int32(tensor.iterator.toint())

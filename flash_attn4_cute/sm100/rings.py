@@ -1,0 +1,182 @@
+"""Rings of slots that roles hand to each other through mbarriers.
+
+A ring says which roles fill a slot and which free it. Its arrival counts follow from that, every
+arrival in the code names its role, and `check` asserts after tracing that all roles arrive. State
+lives in the roles' own locals: a `Cursor`, or a slot that never changes and a phase.
+"""
+
+from dataclasses import dataclass, field
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32
+from cutlass.cute.nvgpu import tcgen05
+
+from .tiles import WarpRoles
+
+
+@dataclass
+class Arrivals:
+    """Who must arrive to end a phase, and, while the kernel is traced, who does."""
+
+    roles: WarpRoles
+    by: tuple[str, ...]
+    seen: set[str] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        return sum(self.roles.arrivals(role) for role in self.by)
+
+    def record(self, role: str) -> None:
+        assert role in self.by, f"{role} arrives where only {self.by} are counted"
+        self.seen.add(role)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """`slots` slots with two mbarriers each: full, and empty if anybody has to free a slot.
+
+    The roles in `full_by` and `empty_by` arrive once a warp, the MMA role by tcgen05.commit, the
+    load role with the bytes that TMA will add.
+    """
+
+    name: Constexpr[str]
+    slots: Constexpr[int]
+    full_by: Constexpr[Arrivals]
+    empty_by: Constexpr[Arrivals]
+    barriers: cute.Pointer
+
+    def full(self, slot):
+        return self.barriers + slot
+
+    def empty(self, slot):
+        return self.barriers + self.slots + slot
+
+    def init(self):
+        """Set the counts; by one thread."""
+        for slot in range(self.slots):
+            cute.arch.mbarrier_init(self.full(slot), self.full_by.count)
+            if self.empty_by.by:
+                cute.arch.mbarrier_init(self.empty(slot), self.empty_by.count)
+
+    def check(self):
+        """Assert, once the kernel is traced, that whoever is counted arrives."""
+        for arrivals in (self.full_by, self.empty_by):
+            assert arrivals.seen == set(arrivals.by), (
+                f"ring {self.name} counts {arrivals.by}, of which {arrivals.seen} arrive"
+            )
+
+    def wait_full(self, slot, phase):
+        cute.arch.mbarrier_wait(self.full(slot), phase)
+
+    def wait_empty(self, slot, phase):
+        """Wait until the slot is free for its phase-th filling; the first finds it free."""
+        cute.arch.mbarrier_wait(self.empty(slot), phase ^ 1)
+
+    def arrive_full(self, role: str, slot):
+        """One arrival of this warp, after all of its threads."""
+        self.full_by.record(role)
+        _arrive(self.full(slot))
+
+    def arrive_empty(self, role: str, slot):
+        self.empty_by.record(role)
+        _arrive(self.empty(slot))
+
+    def expect(self, role: str, slot, num_bytes: int):
+        """The arrival of a role that fills the slot by TMA."""
+        self.full_by.record(role)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.full(slot), num_bytes)
+
+    def commit_full(self, role: str, slot):
+        """Arrive when the MMAs that the one thread has issued are done."""
+        self.full_by.record(role)
+        tcgen05.commit(self.full(slot))
+
+    def commit_empty(self, role: str, slot):
+        self.empty_by.record(role)
+        tcgen05.commit(self.empty(slot))
+
+
+@cute.jit
+def _arrive(barrier: cute.Pointer):
+    cute.arch.sync_warp()
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(barrier)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in a ring: slot and phase. `next` gives the place after it; rebind it in the loop."""
+
+    slots: Constexpr[int]
+    slot: Int32
+    phase: Int32
+
+    @staticmethod
+    def start(slots: int) -> "Cursor":
+        return Cursor(slots, Int32(0), Int32(0))
+
+    @cute.jit
+    def next(self) -> "Cursor":
+        last = self.slot == self.slots - 1
+        slot = 0 if last else self.slot + 1
+        phase = self.phase ^ 1 if last else self.phase
+        return Cursor(self.slots, slot, phase)
+
+
+@dataclass(frozen=True)
+class Rings:
+    """All rings of the kernel. A dash: nobody has to free the slot, what orders it is said there.
+
+        q       Load -> Mma                 a Q tile                        freed by Mma
+        kv      Load -> Mma                 a block of K or V               freed by Mma
+        s       Mma -> Softmax              S in tensor memory              -
+        p       Softmax, Correction -> Mma  first part of P, rescaled O     -
+        p_tail  Softmax -> Mma              the rest of P                   -
+        factor  Softmax -> Correction       what O must be multiplied with  -
+        final   Softmax -> Correction       row sums and maxima             freed by Correction
+        o       Mma -> Correction           the finished O                  -
+
+    S, P: Q K^T of a tile's block i + 1 is issued behind P V of its block i, which waited for P,
+    which was written after S was read. O: P V waits in `p` for the correction, which has read the
+    last tile's O. Factor: that of block i + 1 comes after S of block i + 1, hence after the
+    correction arrived in `p` for block i. So none of these barriers can run a phase ahead of who
+    waits for it. `final` can, when tiles have one block each, and has an empty side for that.
+    """
+
+    q: Ring
+    kv: Ring
+    s: Ring
+    p: Ring
+    p_tail: Ring
+    factor: Ring
+    final: Ring
+    o: Ring
+
+    @staticmethod
+    def allocate(smem, roles: WarpRoles, kv_slots: int, tiles: int) -> "Rings":
+        """Declare the rings and lay their barriers out in shared memory."""
+
+        def ring(name: str, slots: int, full_by: str, empty_by: str = "") -> Ring:
+            return Ring(
+                name,
+                slots,
+                Arrivals(roles, tuple(full_by.split())),
+                Arrivals(roles, tuple(empty_by.split())),
+                smem.allocate_array(cutlass.Int64, slots * (2 if empty_by else 1)),
+            )
+
+        return Rings(
+            q=ring("q", tiles, "load", "mma"),
+            kv=ring("kv", kv_slots, "load", "mma"),
+            s=ring("s", tiles, "mma"),
+            p=ring("p", tiles, "softmax correction"),
+            p_tail=ring("p_tail", tiles, "softmax"),
+            factor=ring("factor", tiles, "softmax"),
+            final=ring("final", tiles, "softmax", "correction"),
+            o=ring("o", tiles, "mma"),
+        )
+
+    def all(self) -> tuple[Ring, ...]:
+        return tuple(vars(self).values())

@@ -1,0 +1,150 @@
+"""The softmax role: a warpgroup turns the scores of one Q tile into P, a row a thread.
+
+For each row, with c = softmax_scale * log2(e), a reference m and the scores s_j seen so far,
+
+    l = sum_j 2^((s_j - m) c)        O = sum_j 2^((s_j - m) c) v_j
+
+m follows the maximum only when it lags by more than 2^8 (FlashAttention-4, section 3.1): then l is
+multiplied with the factor 2^((m_old - m) c) here, and O by the correction role.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, const_expr
+
+from ..arguments import ForwardArgs
+from ..common.dropout import Dropout
+from ..common.score import ScoreSteps
+from ..common.softmax import LOG2_E, RESCALE_THRESHOLD
+from .arithmetic import (
+    add_to_sums,
+    exp2_row,
+    row_max,
+    scale_and_shift,
+    start_sums,
+    total_of,
+)
+from .mma import HEAD_STEPS
+from .products import STEP
+from .rings import Rings
+from .tiles import BLOCK_M, BLOCK_N, WARP_SIZE, WARPS_PER_GROUP, TileConfig
+from .tmem import TmemRow, fence_after_sync, fence_before_sync, wait_loads, wait_stores
+from .work import WorkQueue
+
+CHUNK = 32  # columns of P that are stored at a time
+LOAD_WIDTH = 32  # columns of S an instruction
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the softmax tells the correction about each row, (128, tiles) each."""
+
+    sFactor: cute.Tensor
+    sSum: cute.Tensor
+    sMax: cute.Tensor
+
+
+@dataclass(frozen=True)
+class SoftmaxRole:
+    """Consumes S, produces P and the statistics of its rows."""
+
+    cfg: Constexpr[TileConfig]
+    dtype: Constexpr[type[cutlass.Numeric]]
+    score: Constexpr[Any]
+    statistics: Statistics
+    rings: Rings
+    queue: WorkQueue
+
+    @cute.jit
+    def run(self, args: ForwardArgs):
+        rings, statistics = self.rings, self.statistics
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        tile = warp // WARPS_PER_GROUP
+        warp_row = warp % WARPS_PER_GROUP * WARP_SIZE
+        thread = warp_row + cute.arch.lane_idx()
+        scale_log2 = args.softmax_scale * LOG2_E
+        s_phase, final_phase = Int32(0), Int32(0)
+        turn = Int32(0)
+        while self.queue.has_work(turn):
+            work = self.queue.work(args, turn)
+            if work.num_blocks > 0:
+                row = work.row + tile * BLOCK_M
+                full_lo, full_hi = work.mask.full_blocks(
+                    row + warp_row, row + warp_row + WARP_SIZE, self.cfg.block_n
+                )
+                mask_mod, heads = self.queue.rule.mask_mod, self.queue.scheduler.num_heads
+                steps = ScoreSteps.of(self.score, mask_mod, args, work.tile, work.seqlen)
+                dropout = Dropout.of(self.score.dropout, args, work.tile, heads, thread)
+                m, total = -Float32.inf, Float32(0.0)
+                for i in cutlass.range(work.num_blocks, unroll=1):
+                    n_block = work.last_block - i
+                    rS = cute.make_rmem_tensor(BLOCK_N, Float32)
+                    rings.s.wait_full(tile, s_phase)
+                    fence_after_sync()
+                    TmemRow(tile * BLOCK_N, BLOCK_N, thread).load(rS, LOAD_WIDTH)
+                    wait_loads()
+                    corner = (row + thread, n_block * BLOCK_N)
+                    rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
+                    if const_expr(steps.any):
+                        steps.apply(rS_mn, places, corner[0], corner[1])
+                    if n_block < full_lo or n_block >= full_hi:
+                        work.mask.apply(rS_mn, places, corner[0], corner[1])
+                    m_new = row_max(rS, m)
+                    # -inf - -inf is NaN and compares false: a row without keys keeps m = -inf.
+                    behind = (m_new - m) * scale_log2 > RESCALE_THRESHOLD
+                    lag = (m - m_new) * scale_log2 if behind else 0.0
+                    factor = cute.math.exp2(lag, fastmath=True)
+                    m = m_new if behind else m
+                    if i > 0:
+                        statistics.sFactor[thread, tile] = factor
+                        rings.factor.arrive_full("softmax", tile)
+                    # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
+                    shift = 0.0 if m == -Float32.inf else m * scale_log2
+                    scale_and_shift(rS, scale_log2, shift)
+                    total = self.store_p(rS, (tile, thread), total * factor, dropout, corner)
+                    s_phase ^= 1
+                rings.final.wait_empty(tile, final_phase)
+                statistics.sSum[thread, tile] = total
+                statistics.sMax[thread, tile] = m
+                rings.final.arrive_full("softmax", tile)
+                final_phase ^= 1
+            turn += 1
+
+    @cute.jit
+    def store_p(
+        self, rS: cute.Tensor, at: tuple, start: Float32, dropout: Dropout, corner: tuple
+    ) -> Float32:
+        """P = 2^rS to tensor memory, of which the tensor core may start on the first part early.
+
+        Returns `start` plus the row sum, of the exponentials before they are rounded.
+        """
+        tile, thread = at
+        sums = start_sums(start)
+        chunks = cute.logical_divide(rS, cute.make_layout(CHUNK))
+        for j in cutlass.range_constexpr(BLOCK_N // CHUNK):
+            row = chunks[None, j]
+            exp2_row(row, j * CHUNK // 2, self.cfg.emulated_pairs)
+            sums = add_to_sums(sums, row)
+            if const_expr(dropout.present):
+                dropout.apply_to_row(row, corner[0], corner[1] + j * CHUNK)
+            rP = cute.make_rmem_tensor(CHUNK, self.dtype)
+            rP.store(row.load().to(self.dtype))
+            packed = cute.recast_tensor(rP, Float32)
+            width = CHUNK // 2
+            TmemRow(tile * BLOCK_N + j * width, width, thread).store(packed, width)
+            if const_expr((j + 1) * CHUNK == HEAD_STEPS * STEP):
+                wait_stores()
+                fence_before_sync()
+                self.rings.p.arrive_full("softmax", tile)
+        wait_stores()
+        fence_before_sync()
+        self.rings.p_tail.arrive_full("softmax", tile)
+        return total_of(sums)
+
+
+def row_view(row: cute.Tensor) -> cute.Tensor:
+    """One thread's row as (rows, columns)."""
+    return cute.make_tensor(row.iterator, cute.make_layout((1, cute.size(row))))

@@ -1,0 +1,95 @@
+"""The map of tensor memory, and how a thread reads and writes its own row of it.
+
+    columns   0        128       256           256 + d_v      256 + 2 d_v
+              |  S0/P0  |  S1/P1  |     O0      |      O1      |
+    lanes     row i of a 128-row tile lives in lane i
+
+P, 16 bits an element, takes the first half of the columns of the S it comes from: a softmax thread
+holds its whole row of S in registers before it writes P, and the next Q K^T into these columns is
+issued behind the P V that reads them.
+"""
+
+from dataclasses import dataclass
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32
+from cutlass._mlir.dialects import nvvm
+from cutlass.cute.nvgpu import tcgen05
+from cutlass.cutlass_dsl import dsl_user_op
+
+from .tiles import BLOCK_M, BLOCK_N, NUM_Q_TILES, TMEM_COLUMNS
+
+LANE = 1 << 16  # of an address: the lane above the column
+
+
+@dataclass(frozen=True)
+class TmemMap:
+    """First columns of what lives in tensor memory, by Q tile; a column is 32 bits a lane."""
+
+    s: tuple[int, ...]
+    p: tuple[int, ...]
+    o: tuple[int, ...]
+    end: int
+
+    @staticmethod
+    def of(head_dim_v: int) -> "TmemMap":
+        s = tuple(i * BLOCK_N for i in range(NUM_Q_TILES))
+        o = tuple(NUM_Q_TILES * BLOCK_N + i * head_dim_v for i in range(NUM_Q_TILES))
+        found = TmemMap(s, s, o, o[-1] + head_dim_v)
+        assert found.end <= TMEM_COLUMNS, f"{found} does not fit {TMEM_COLUMNS} columns"
+        return found
+
+
+@dataclass(frozen=True)
+class TmemRow:
+    """Columns [first, first + columns) of the lane that belongs to thread `thread` of 128."""
+
+    first: Int32
+    columns: Constexpr[int]
+    thread: Int32
+
+    def load(self, registers: cute.Tensor, width: int):
+        """Read the columns, `width` an instruction; not there before `wait_loads`."""
+        copy, tmem = self._tiled_copy(tcgen05.Ld32x32bOp(tcgen05.Repetition(width)))
+        source = copy.get_slice(self.thread).partition_S(tmem)
+        cute.copy(copy, source, self._registers(registers, width))
+
+    def store(self, registers: cute.Tensor, width: int):
+        """Write the columns, `width` an instruction; not there before `wait_stores`."""
+        copy, tmem = self._tiled_copy(tcgen05.St32x32bOp(tcgen05.Repetition(width)))
+        target = copy.get_slice(self.thread).partition_D(tmem)
+        cute.copy(copy, self._registers(registers, width), target)
+
+    def _tiled_copy(self, op):
+        pointer = cute.make_ptr(Float32, self.first, cute.AddressSpace.tmem, assumed_align=16)
+        tmem = cute.make_tensor(
+            pointer, cute.make_layout((BLOCK_M, self.columns), stride=(LANE, 1))
+        )
+        return tcgen05.make_tmem_copy(cute.make_copy_atom(op, Float32), tmem), tmem
+
+    def _registers(self, registers: cute.Tensor, width: int) -> cute.Tensor:
+        """`columns` consecutive registers, as a copy takes them: (one instruction, 1, how many)."""
+        layout = cute.make_layout(((width, 1), 1, self.columns // width), stride=((1, 0), 0, width))
+        return cute.make_tensor(registers.iterator, layout)
+
+
+def wait_loads():
+    """Wait for this thread's tcgen05.ld."""
+    cute.arch.fence_view_async_tmem_load()
+
+
+def wait_stores():
+    """Wait for this thread's tcgen05.st."""
+    cute.arch.fence_view_async_tmem_store()
+
+
+@dsl_user_op
+def fence_before_sync(*, loc=None, ip=None):
+    """Order this thread's tensor-memory accesses before the arrival that follows."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def fence_after_sync(*, loc=None, ip=None):
+    """Order this thread's tensor-memory accesses after the wait that precedes."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC, loc=loc, ip=ip)
