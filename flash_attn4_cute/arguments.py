@@ -28,6 +28,20 @@ class ScoreArgs(NamedTuple):
     aux_tensors: tuple | None
 
 
+class BlockArgs(NamedTuple):
+    """A block-sparse mask: for each tile of queries the key tiles to visit, see block_sparse.py.
+
+    `mCount` (b, h, tiles), `mList` (b, h, tiles, key tiles) int32; `mKinds` (b, h, M, N) uint8 for
+    blocks of `rows` queries and `keys` keys.
+    """
+
+    mCount: cute.Tensor
+    mList: cute.Tensor
+    mKinds: cute.Tensor
+    rows: Int32
+    keys: Int32
+
+
 class ForwardArgs(NamedTuple):
     """Run-time arguments of one forward launch, in the layouts that PyTorch users pass.
 
@@ -56,6 +70,7 @@ class ForwardArgs(NamedTuple):
     max_seqlen_q: Int32
     max_ctas: Int32
     score: ScoreArgs | None
+    blocks: BlockArgs | None
 
 
 class AppendArgs(NamedTuple):

@@ -79,7 +79,7 @@ def decodes(p: AttentionProblem) -> bool:
 
     num_splits=1 asks for results that do not depend on the number of queries, so for one kernel.
     """
-    if p.dropout_p:
+    if p.dropout_p or p.block_size is not None:
         return False
     asked = p.num_splits > 1 or p.pack_gqa or p.has_kv_batch_idx or p.kv_layout is Layout.PAGED
     return bool(asked) or (p.num_splits == 0 and packed_rows(p) <= MAX_PACKED_ROWS)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from . import compiler
+from .block_sparse import BlockSparse, tile_lists
 from .decode_plan import DecodeKey
 from .plan import ForwardKey, Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
+from .tiles import TileConfig
 
 if TYPE_CHECKING:
-    from .arguments import ScoreArgs
+    from .arguments import BlockArgs, ScoreArgs
 
 # A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
 SMALLEST_SCALE = 1e-30
@@ -78,6 +80,7 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         problem.seqlen_q,
         plan.max_ctas,
         None if key.score == PLAIN else score_args(problem, tensors),
+        None if tensors.blocks is None else _block_args(problem, tensors.blocks, key.cfg),
     )
     compiler.compiled(key)(args)
 
@@ -97,6 +100,18 @@ def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArg
         1.0 / (1.0 - problem.dropout_p),
         tuple(t.view(torch.uint8) if t.dtype is torch.bool else t for t in aux) if aux else None,
     )
+
+
+def _block_args(problem: AttentionProblem, blocks: BlockSparse, cfg: TileConfig) -> BlockArgs:
+    from .arguments import BlockArgs
+
+    lengths = (problem.seqlen_q, problem.seqlen_k)
+    rows, keys = blocks.block_size
+    kinds = blocks.kinds(-(-problem.seqlen_k // keys))
+    counts, lists = tile_lists(kinds, blocks.block_size, lengths, (cfg.block_m, cfg.block_n))
+    outer = (problem.batch, problem.num_heads)
+    counts, lists, kinds = (t.expand(*outer, *t.shape[2:]) for t in (counts, lists, kinds))
+    return BlockArgs(counts, lists, kinds, rows, keys)
 
 
 def _copied(problem: AttentionProblem, tensors: AttentionTensors) -> AttentionTensors:

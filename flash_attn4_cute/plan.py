@@ -90,6 +90,7 @@ class Plan:
         )
         copies = "".join(f"copied first: {name}, {why}\n" for name, why in self.misfits)
         mod = "" if key.rule.mask_mod is None else " and mask_mod"
+        mod += " and block lists" if key.rule.block_sparse else ""
         return (
             f"{kernel}\n"
             f"mask: {'band, ' + bounds if bounds else 'full'}{mod}\n"
@@ -192,9 +193,14 @@ def _combinations(p: AttentionProblem):
         ("pack_gqa", p.pack_gqa is True),
     )
     together = [name for name, given in asked if given]
-    if p.dropout_p and together:
-        rule = f"not on the GPU together with {', '.join(together)}"
-        yield _refuse("dropout_p", p.dropout_p, rule, "leave one of them out, or pass CPU tensors")
+    alone = (
+        ("dropout_p", p.dropout_p, p.dropout_p > 0.0),
+        ("block_sparse_tensors", "given", p.block_size is not None),
+    )
+    for name, value, given in alone if together else ():
+        if given:
+            rule = f"not on the GPU together with {', '.join(together)}"
+            yield _refuse(name, value, rule, "leave one of them out, or pass CPU tensors")
 
 
 def _refuse(argument: str, value: object, rule: str, way_out: str) -> str:

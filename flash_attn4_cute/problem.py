@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import checks, validation
+from .block_sparse import BlockSparse
 from .mask_rule import FULL, Band, Custom, Full, MaskRule, band_of, make_mask_rule
 
 __all__ = [
@@ -60,6 +61,7 @@ class AttentionTensors:
         alibi_slopes: float32 (h,) or (b, h)
         dropout_state: int64 (2,), the Philox seed and offset
         aux_tensors: handed to score_mod and mask_mod as they are
+        blocks: the lists of a block-sparse mask
     """
 
     q: Tensor
@@ -78,6 +80,7 @@ class AttentionTensors:
     alibi_slopes: Tensor | None = None
     dropout_state: Tensor | None = None
     aux_tensors: tuple[Tensor, ...] | None = None
+    blocks: BlockSparse | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +175,7 @@ class AttentionProblem:
     has_cache_leftpad: bool = False
     sink_dtype: torch.dtype | None = None
     aux: tuple[tuple[torch.dtype, int], ...] = ()
+    block_size: tuple[int, int] | None = None
 
     @classmethod
     def from_tensors(cls, tensors: AttentionTensors, options: AttentionOptions) -> AttentionProblem:
@@ -240,6 +244,7 @@ class AttentionProblem:
             misfits=_misfits(tensors),
             has_cache_leftpad=tensors.cache_leftpad is not None,
             sink_dtype=None if tensors.sink is None else tensors.sink.dtype,
+            block_size=None if tensors.blocks is None else tensors.blocks.block_size,
             aux=tuple((t.dtype, t.dim()) for t in tensors.aux_tensors or ()),
         )
 
@@ -274,6 +279,7 @@ def _signature(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
         options.requires_grad
         or options.score_mod is not None
         or t.aux_tensors is not None
+        or t.blocks is not None
         or isinstance(options.mask, Custom)
     ):
         return None

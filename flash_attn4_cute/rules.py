@@ -20,13 +20,15 @@ class BandRule:
     has_left: bool
     has_right: bool
     mask_mod: Callable | None = None
+    block_sparse: bool = False
 
     @staticmethod
     def of(problem: AttentionProblem) -> "BandRule":
         band = band_of(problem.mask)
         left, right = (band.left, band.right) if isinstance(band, Band) else (None, None)
         mask_mod = problem.mask.mask_mod if isinstance(problem.mask, Custom) else None
-        return BandRule(left is not None, right is not None, mask_mod)
+        sparse = problem.block_size is not None
+        return BandRule(left is not None, right is not None, mask_mod, sparse)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +70,3 @@ class ScoreRule:
 
 
 PLAIN = ScoreRule()
-
-
-def steps_beside_band(p: AttentionProblem) -> list[str]:
-    """The arguments of `p` that ask for more than a band mask and a folded, positive scale."""
-    given = (
-        ("softmax_scale", p.softmax_scale < 0),
-        ("softcap", p.softcap != 0.0),
-        ("learnable_sink", p.has_sink),
-        ("alibi_slopes", p.has_alibi),
-        ("score_mod", p.score_mod is not None),
-        ("mask_mod", isinstance(p.mask, Custom)),
-        ("dropout_p", p.dropout_p > 0.0),
-        ("cache_leftpad", p.has_cache_leftpad),
-    )
-    return [name for name, applies in given if applies]

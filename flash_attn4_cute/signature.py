@@ -7,7 +7,7 @@ from cutlass import Float32, Int32, Uint32
 
 from .append_kv import AppendKv
 from .append_plan import AppendKey
-from .arguments import AppendArgs, ForwardArgs, ScoreArgs
+from .arguments import AppendArgs, BlockArgs, ForwardArgs, ScoreArgs
 from .plan import ForwardKey
 from .problem import Layout
 from .rules import PLAIN, ScoreRule
@@ -86,18 +86,32 @@ def trace_forward(key: ForwardKey) -> tuple:
         max_seqlen_q=Int32(0),
         max_ctas=Int32(0),
         score=score_args(key.score),
+        blocks=block_args() if key.rule.block_sparse else None,
     )
     return FORWARD[key.family](dtype, key.cfg, key.rule, key.score), (args,)
+
+
+def anything(dtype: torch.dtype, rank: int) -> cute.Tensor:
+    """A tensor of any shape and strides, read element by element."""
+    shape = tuple(cute.sym_int() for _ in range(rank))
+    return vectors(NUMERIC[torch.uint8 if dtype is torch.bool else dtype], shape, 1)
+
+
+def block_args() -> BlockArgs:
+    """A BlockArgs that stands for those of launches."""
+    return BlockArgs(
+        mCount=anything(torch.int32, 3),
+        mList=anything(torch.int32, 4),
+        mKinds=anything(torch.uint8, 4),
+        rows=Int32(0),
+        keys=Int32(0),
+    )
 
 
 def score_args(rule: ScoreRule) -> ScoreArgs | None:
     """A ScoreArgs that stands for those of launches of this rule."""
     if rule == PLAIN:
         return None
-
-    def anything(dtype: torch.dtype, rank: int) -> cute.Tensor:
-        shape = tuple(cute.sym_int() for _ in range(rank))
-        return vectors(NUMERIC[torch.uint8 if dtype is torch.bool else dtype], shape, 1)
 
     return ScoreArgs(
         scale=Float32(1.0),

@@ -242,6 +242,8 @@ def check_optional_tensors(tensors: AttentionTensors, batch: int, num_heads: int
         checks.check_shape("s_aux", sink, (num_heads,), "(h,)")
     if tensors.alibi_slopes is not None:
         _check_alibi(tensors.alibi_slopes, device, batch, num_heads)
+    if tensors.blocks is not None:
+        _check_blocks(tensors, batch, num_heads)
     if tensors.out is not None:
         expected = (*tensors.q.shape[:-1], tensors.v.shape[-1])
         _check_result("out", tensors.out, tensors.q, expected, tensors.q.dtype)
@@ -250,6 +252,22 @@ def check_optional_tensors(tensors: AttentionTensors, batch: int, num_heads: int
         _check_result(
             "lse", tensors.lse, tensors.q, (*lengths[:-1], num_heads, lengths[-1]), torch.float32
         )
+
+
+def _check_blocks(tensors: AttentionTensors, batch: int, num_heads: int) -> None:
+    lengths = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+    for name in (*lengths, "page_table", "kv_batch_idx", "cache_leftpad"):
+        if getattr(tensors, name) is not None:
+            raise refuse(
+                NotImplementedError,
+                "block_sparse_tensors",
+                f"given with {name}",
+                "block lists belong to dense sequences of full length",
+                f"Leave {name} out, or express the mask by mask_mod",
+            )
+    assert tensors.blocks is not None
+    sizes = (tensors.q.shape[1], tensors.k.shape[1])
+    tensors.blocks.check(batch, num_heads, sizes, tensors.q.device)
 
 
 def _check_cache_rows(tensors: AttentionTensors, batch: int) -> None:
@@ -359,6 +377,14 @@ def _check_differentiable(tensors: AttentionTensors, options: AttentionOptions) 
                 "a given result cannot be differentiated",
                 f"Drop {name}=, or call under torch.no_grad()",
             )
+    if tensors.blocks is not None:
+        raise refuse(
+            NotImplementedError,
+            "block_sparse_tensors",
+            "given",
+            "has no gradient",
+            "Call under torch.no_grad(), or express the mask by mask_mod",
+        )
     if options.score_mod is not None:
         raise refuse(
             NotImplementedError,

@@ -16,6 +16,7 @@ from cutlass.cute.nvgpu import warp
 from ..arguments import ForwardArgs
 from ..common.dropout import Dropout
 from ..common.fragments import as_operand_a, rows_and_columns
+from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
 from ..common.score import ScoreSteps
@@ -225,10 +226,14 @@ class ComputeRole:
             # What this warp's own rows need of [lo, hi); the rest it only passes on.
             warp_lo, warp_hi = mask.blocks(row, row + cfg.rows_per_warp, cfg.block_n)
             full_lo, full_hi = mask.full_blocks(row, row + cfg.rows_per_warp, cfg.block_n)
-            warp_lo, warp_hi = cutlass.max(warp_lo, lo), cutlass.min(warp_hi, hi)
+            blocks = KeyBlocks.of(self.rule, args, work, seqlen)
+            lo, hi = blocks.limits(lo, hi)
+            warp_lo, warp_hi = blocks.limits(cutlass.max(warp_lo, lo), cutlass.min(warp_hi, hi))
             if row >= seqlen.seqlen_q or warp_lo >= warp_hi:
                 warp_lo, warp_hi = hi, hi
-            steps = ScoreSteps.of(self.score, self.rule.mask_mod, args, work, seqlen)
+            # With block lists, mask_mod decides in some blocks only, and `blocks` asks it.
+            mask_mod = None if self.rule.block_sparse else self.rule.mask_mod
+            steps = ScoreSteps.of(self.score, mask_mod, args, work, seqlen)
             heads = self.scheduler.num_heads
             dropout = Dropout.of(self.score.dropout, args, work, heads, lane)
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
@@ -243,13 +248,17 @@ class ComputeRole:
             for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                 kv_ring.wait_and_advance().release()
             for i in cutlass.range(warp_hi - warp_lo, unroll=1):
-                n_block = warp_hi - 1 - i
+                n_block = blocks.at(warp_hi - 1 - i)
                 slot = kv_ring.wait_and_advance()
                 mma.scores(acc_S, tSrQ, self.sQ, self.sKV[None, None, slot.index])
                 slot.release()
                 if const_expr(steps.any):
                     places = mma.score_coordinates(reread(lane))
                     steps.apply(acc_S_mn, places, row, n_block * cfg.block_n)
+                if const_expr(self.rule.block_sparse):
+                    listed = mma.score_coordinates(reread(lane))
+                    first_key = n_block * cfg.block_n
+                    blocks.apply(warp_hi - 1 - i, acc_S_mn, listed, row, first_key)
                 if n_block < full_lo or n_block >= full_hi:
                     coord = mma.score_coordinates(reread(lane))
                     mask.apply(acc_S_mn, coord, row, n_block * cfg.block_n)

@@ -9,6 +9,7 @@ from cutlass import Constexpr, Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
+from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
 from ..common.seqlen import SeqlenInfo
@@ -73,11 +74,13 @@ class LoadRole:
             mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
             end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
             lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
+            blocks = KeyBlocks.of(self.rule, args, work, seqlen)
+            lo, hi = blocks.limits(lo, hi)
             kv_head = work.head // self.heads_per_kv_head
             tKsK, tKgK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
             tVsV, tVgV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
             for i in cutlass.range(hi - lo, unroll=1):
-                n_block = hi - 1 - i
+                n_block = blocks.at(hi - 1 - i)
                 slot = kv_ring.acquire_and_advance()
                 cute.copy(
                     self.k.atom,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flash_attn4_cute.block_sparse import BlockSparse
 from .flash_attn4_cute.checks import as_int, check_is_tensor, refuse
 from .flash_attn4_cute.problem import (
     AttentionOptions,
@@ -44,6 +45,7 @@ def _flash_attn_fwd(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     aux_tensors: Sequence[Tensor] | None = None,
+    block_sparse_tensors: Any = None,
     scheduler_metadata: Any = None,
     return_lse: bool = False,
     out: Tensor | None = None,
@@ -54,12 +56,16 @@ def _flash_attn_fwd(
 
     Args:
         q, k, v, cu_seqlens_q, ..., aux_tensors: as in flash_attn_varlen_func.
+        block_sparse_tensors: an object with upstream's fields: mask_block_cnt (b or 1, h or 1, M)
+            and mask_block_idx (b or 1, h or 1, M, N), the blocks of keys in which mask_mod decides;
+            full_block_cnt and full_block_idx, those that are seen whole; block_size (queries,
+            keys), in multiples of 16 and 8. For dense sequences.
         min_seqlen_k: lower bound of the key lengths; a hint that changes no result.
         window_size_left, window_size_right: as window_size; None, -1 or less: no limit, since
             vLLM and SGLang pass either.
         out, lse: where to write the results; None allocates them.
-        unsupported: any other argument of upstream's signature (qv, q_descale,
-            block_sparse_tensors, ...); must be None or False.
+        unsupported: any other argument of upstream's signature (qv, q_descale, ...); must be None
+            or False.
 
     Returns:
         (out, lse), lse None unless return_lse or lse is given.
@@ -92,6 +98,7 @@ def _flash_attn_fwd(
         page_table=page_table,
         sink=learnable_sink,
         aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
+        blocks=None if block_sparse_tensors is None else BlockSparse.of(block_sparse_tensors),
     )
     options = AttentionOptions(
         mask=make_mask_rule(

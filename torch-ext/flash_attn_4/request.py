@@ -88,6 +88,14 @@ def send(
 def _through_operator(
     tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None
 ) -> tuple[Tensor, Tensor | None]:
+    if tensors.blocks is not None:
+        raise refuse(
+            NotImplementedError,
+            "block_sparse_tensors",
+            "given",
+            "the call cannot be compiled by torch.compile",
+            "Call it outside of the compiled function, or express the mask by mask_mod",
+        )
     call = ops.flatten(tensors, options)
     if update is None and tensors.out is None and tensors.lse is None:
         out, lse = ops.forward(*call)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..flash_attn4_cute.block_sparse import FULL_BLOCK, SKIPPED
 from ..flash_attn4_cute.problem import (
     AttentionProblem,
     AttentionTensors,
@@ -46,6 +48,15 @@ class Tile:
         return torch.arange(self.cols.start, self.cols.stop)
 
 
+def _block_rule(problem: AttentionProblem, tensors: AttentionTensors) -> dict[str, Any]:
+    """The fields of a ScoreRule that a block-sparse mask fills."""
+    if tensors.blocks is None:
+        return {}
+    size = tensors.blocks.block_size
+    kinds = tensors.blocks.kinds(-(-problem.seqlen_k // size[1]))
+    return {"block_kinds": kinds, "block_size": size}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRule:
     """Everything between the dot products and the softmax, the same for all tiles of a call."""
@@ -58,6 +69,8 @@ class ScoreRule:
     alibi_slopes: Tensor | None
     aux_tensors: list[Tensor] | None
     num_heads: int
+    block_kinds: Tensor | None = None
+    block_size: tuple[int, int] = (1, 1)
 
     @classmethod
     def of(cls, problem: AttentionProblem, tensors: AttentionTensors) -> ScoreRule:
@@ -70,6 +83,7 @@ class ScoreRule:
             alibi_slopes=tensors.alibi_slopes,
             aux_tensors=None if tensors.aux_tensors is None else list(tensors.aux_tensors),
             num_heads=problem.num_heads,
+            **_block_rule(problem, tensors),
         )
 
     def visible_keys(self, group: Group, rows: range) -> range:
@@ -103,10 +117,26 @@ class ScoreRule:
     def visible(self, tile: Tile) -> Tensor | None:
         """Which keys each query sees, broadcastable to (count, h, rows, cols); None for all."""
         visible = self._in_band(tile)
-        if self.mask_mod is None:
+        admitted = None
+        if self.mask_mod is not None:
+            admitted = torch.as_tensor(self.mask_mod(*self._coordinates(tile))).to(torch.bool)
+        if self.block_kinds is not None:
+            kinds = self._kinds(tile)
+            partial = kinds != SKIPPED
+            admitted = partial if admitted is None else (kinds == FULL_BLOCK) | (partial & admitted)
+        if admitted is None:
             return visible
-        admitted = torch.as_tensor(self.mask_mod(*self._coordinates(tile))).to(torch.bool)
         return admitted if visible is None else admitted & visible
+
+    def _kinds(self, tile: Tile) -> Tensor:
+        """(count or 1, h or 1, rows, cols): the kind of the block that each score lies in."""
+        kinds = self.block_kinds
+        assert kinds is not None
+        if kinds.shape[0] > 1:
+            kinds = kinds[tile.group.first : tile.group.first + tile.group.count]
+        rows = torch.arange(tile.rows.start, tile.rows.stop) // self.block_size[0]
+        cols = tile.col_positions() // self.block_size[1]
+        return kinds[:, :, rows[:, None], cols]
 
     def _in_band(self, tile: Tile) -> Tensor | None:
         # i + sk - sq - left <= j <= i + sk - sq + right; None where the tile lies inside the band.
