@@ -142,6 +142,7 @@ def by_warp(program: Program, blocks: np.ndarray) -> dict[str, np.ndarray]:
     return {name: totals[:, index] for index, name in enumerate(names)}
 
 
+FEW = 0.05  # of the most that a warp issues to the MUFU: a correction, not a softmax
 ALIKE = 0.6  # share of their code that warps of one role have in common
 
 
@@ -169,11 +170,13 @@ def roles(machine: "Machine") -> list[Role]:
     columns["tmem"] = columns["tmem"] + machine.traffic["tmem"]
     columns["moved by tma"] = machine.traffic["tma"]
     found = []
+    most = columns["mufu"].max(initial=0)
     for group in groups(machine.program, machine.warp_counts):
         total = {name: int(column[group].sum()) for name, column in columns.items()}
+        exponentials = columns["mufu"][group].max() > FEW * most
         found.append(
             Role(
-                _name(total),
+                _name(total, exponentials),
                 group,
                 {pipe: total[pipe] for pipe in PIPES},
                 {"shared": total["shared"], "tmem": total["tmem"], "tma": total["moved by tma"]},
@@ -184,11 +187,11 @@ def roles(machine: "Machine") -> list[Role]:
     return _numbered(found)
 
 
-def _name(total: dict[str, int]) -> str:
+def _name(total: dict[str, int], exponentials: bool) -> str:
     """What a role does, from what it issued."""
     if total["tensor"]:
-        return "compute" if total["mufu"] else "mma"
-    if total["mufu"] and not total["loads"]:
+        return "compute" if exponentials else "mma"
+    if exponentials and not total["loads"]:
         return "softmax"
     if total["loads"]:
         return "load"

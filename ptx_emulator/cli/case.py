@@ -123,6 +123,26 @@ def attention(
     return (weights[..., :sk] @ v).transpose(0, 1), lse
 
 
+def cut_into_pages(
+    case: Case, inputs: Inputs, filler: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(k, v, page_table, seqused_k): pages in reverse order, `filler` behind each last key."""
+    size = case.page_size or 1
+    used = (inputs.cu_k[1:] - inputs.cu_k[:-1]).to(torch.int32)
+    table = torch.zeros(len(used), max(1, -(-case.seqlen_k // size)), dtype=torch.int32)
+    last = int((-(-used // size)).sum())  # the page that is given next is the one before
+    total = max(last, 1)
+    k = torch.full((total, size, case.kv_heads, case.head_dim), filler, dtype=case.dtype)
+    v = torch.full((total, size, case.kv_heads, case.head_dim_v), filler, dtype=case.dtype)
+    for b, (_, _, keys, values) in enumerate(inputs.sequences()):
+        for number, start in enumerate(range(0, len(keys), size)):
+            last -= 1
+            table[b, number] = last
+            part = slice(start, min(start + size, len(keys)))
+            k[last, : part.stop - start], v[last, : part.stop - start] = keys[part], values[part]
+    return k, v, table, used
+
+
 @dataclass
 class Verdict:
     """Measured errors beside what is allowed."""

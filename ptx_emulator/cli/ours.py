@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..session import Session
-from .case import Case, Inputs
+from .case import Case, Inputs, cut_into_pages
 
 NUM_SMS = 3  # of the emulated card as the planner sees it: few, so that CTAs take several tiles
 
@@ -59,7 +59,9 @@ def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tens
     if case.varlen:
         tensors.cu_seqlens_q, tensors.cu_seqlens_k = inputs.cu_q, inputs.cu_k
     if case.page_size is not None:
-        _cut_into_pages(tensors, case)
+        pages = cut_into_pages(case, inputs, filler=torch.nan)
+        tensors.k, tensors.v, tensors.page_table, tensors.seqused_k = pages
+        tensors.cu_seqlens_k = None
     options = AttentionOptions(
         mask=_mask(case),
         softcap=case.softcap,
@@ -81,18 +83,3 @@ def _mask(case: Case) -> Any:
 
     unbounded = case.left is None and case.right is None
     return FULL if unbounded else Band(case.left, case.right)
-
-
-def _cut_into_pages(tensors: Any, case: Case) -> None:
-    """Replace k and v by pages in reverse order, with NaN behind the last key."""
-    size = case.page_size or 1
-    if case.varlen:
-        raise NotImplementedError("--page-size with --varlen: leave one of them")
-    pages = -(-case.seqlen_k // size)
-    padding = (0, 0, 0, 0, 0, pages * size - case.seqlen_k)
-    for name in ("k", "v"):
-        padded = torch.nn.functional.pad(getattr(tensors, name), padding, value=torch.nan)
-        setattr(tensors, name, padded.unflatten(1, (-1, size)).flatten(0, 1).flip(0))
-    table = torch.arange(case.batch * pages, dtype=torch.int32).flip(0)
-    tensors.page_table = table.view(case.batch, pages)
-    tensors.seqused_k = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)

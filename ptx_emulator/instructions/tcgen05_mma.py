@@ -166,6 +166,8 @@ def issue(g: Gang, operands: tuple[Any, ...], flags: tuple[Any, ...], mask: Any)
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
         op = AsyncOp("tcgen05.mma", product.run, before, owner=g.cta)
         product.claim(op)
+        for kind, nbytes in product.traffic().items():
+            g.cta.machine.traffic[kind][warp] += nbytes
         memory.pipes[warp] = g.cta.machine.queue.add(op)
 
 
@@ -192,6 +194,14 @@ class Product:
         self.held = (a & 0xFFFF, (a & 0xFFFF) + CELLS) if variant.in_tmem else None
         self.left = None if variant.in_tmem else decode(a, True)
         self.right = decode(b, True)
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that move: operands of 32 bytes of K a row, and D, which is read if it is added."""
+        rows = self.form.rows * self.form.group
+        a, b = 4 * CELLS * rows, 4 * CELLS * self.form.n
+        d = 4 * self.form.n * rows * (1 + self.add)
+        in_tmem = self.left is None
+        return {"shared": b if in_tmem else a + b, "tmem": a + d if in_tmem else d}
 
     def keep(self, words: list[int]) -> None:
         """Note the lanes that a disable-output-lane vector names, 32 a word, CTA after CTA."""

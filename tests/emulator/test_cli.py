@@ -47,7 +47,7 @@ SMALL = "--seqlen-q 33 --seqlen-k 150 --head-dim 64 --heads 2 --kv-heads 1"
         "--window 20 5 --dtype fp16",
         "--window -1 3",
         "--varlen --batch 3 --causal",
-        "--page-size 64 --batch 2",
+        "--page-size 64 --batch 3 --varlen",
         "--num-splits 2",
         "--head-dim-v 72",
     ],
@@ -57,6 +57,29 @@ def test_options(capsys, arguments):
     status, report = run(capsys, *SMALL.split(), *arguments.split())
     assert status == OK and report["ok"], report
     assert 0 < report["max_abs_err"] <= report["limit"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--sink --page-size 64 --batch 2",
+        "--softcap 10 --varlen --batch 3 --causal",
+        "--num-splits 2 --window 100 0",
+        "--head-dim 192 --head-dim-v 128",
+    ],
+)
+def test_upstream_options(capsys, arguments):
+    pytest.importorskip("flash_attn", reason="upstream flash-attn-4 is not installed")
+    options = f"--arch sm100a --kernel upstream {SMALL} --head-dim 128 {arguments}"
+    status, report = run(capsys, *options.split())
+    assert status == OK and report["ok"], report
+
+
+def test_upstream_refuses(capsys):
+    pytest.importorskip("flash_attn", reason="upstream flash-attn-4 is not installed")
+    options = f"--arch sm120a --kernel upstream {SMALL} --page-size 64"
+    status, report = run(capsys, *options.split())
+    assert status == REFUSED and "upstream refuses" in report["refused"]
 
 
 def test_trace(capsys, tmp_path):
