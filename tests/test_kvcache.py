@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from . import acceptance, cases, harness, inputs, oracle
+from . import acceptance, append_cases, cases, harness, inputs, oracle
 from .append_cases import HEADS, HEADS_KV, D, append_params, verify
 from .cases import BF16, Case
 from .oracle import Rule
@@ -126,3 +126,47 @@ def test_decode_step_by_step_equals_prefill(fa4):
     ]
     whole = fa4.flash_attn_func(*turned, v, causal=True)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["dense", "paged"])
+def test_a_captured_step_decodes_a_whole_sequence(fa4, device, layout):
+    """One graph, captured once, appends and attends 60 times; a row of padding joins in between.
+
+    Each step gives the bits of the same call made eagerly on a copy of the cache.
+    """
+    gen = torch.Generator().manual_seed(8)
+    batch, size, capacity, heads = 3, 16, 64, (8, 2)
+    q, k, v = (
+        torch.randn(batch, 1, n, D, generator=gen).to(device, BF16) for n in (*heads, heads[1])
+    )
+    angle = torch.rand(capacity, D // 2, generator=gen) * 6.3
+    options = {
+        "rotary_cos": angle.cos().to(device, BF16), "rotary_sin": angle.sin().to(device, BF16),
+        "cache_seqlens": torch.zeros(batch, dtype=torch.int32, device=device), "causal": True,
+    }  # fmt: skip
+    shape = (batch, capacity, heads[1], D)
+    if layout == "paged":
+        pages = batch * capacity // size
+        order = torch.randperm(pages, generator=gen).reshape(batch, -1)
+        options["block_table"] = order.to(device, torch.int32)
+        shape = (pages, size, heads[1], D)
+    eager, captured = (
+        [torch.full(shape, math.nan, dtype=BF16, device=device) for _ in range(2)] for _ in range(2)
+    )
+    fa4.flash_attn_with_kvcache(q, *eager, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fa4.flash_attn_with_kvcache(q, *captured, k, v, **options)
+    for x in (*eager, *captured):
+        x.fill_(math.nan)
+    for step in range(60):
+        for x in (q, k, v):
+            x.copy_(torch.randn(x.shape, generator=gen))
+        lengths = torch.tensor([step, max(0, step - 5), -1 if step % 3 else step // 3])
+        options["cache_seqlens"].copy_(lengths)
+        graph.replay()
+        expected = fa4.flash_attn_with_kvcache(q, *eager, k, v, **options)
+        assert torch.equal(out, expected) and out.isfinite().all()
+        for x, y in zip(captured, eager, strict=True):
+            append_cases.same_bits(x, y)
