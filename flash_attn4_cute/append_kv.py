@@ -11,11 +11,14 @@ position t has its first rotary_dim dimensions rotated in pairs (x, y), in float
     x' = x cos_t - y sin_t,    y' = x sin_t + y cos_t
 
 where the pairs are (0, 1), (2, 3), ... if interleaved, else (0, r/2), (1, r/2 + 1), ...
+An fp8 cache gets the rotated x / descale, limited to +-448, in one rounding.
 Reference: Su et al., "RoFormer", 2021.
 
 Positions, pages and lengths are read from device memory only, so a captured graph replays with
 other ones. A sequence with negative cache_seqlens is padding: nothing is written to its cache.
 """
+
+from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
@@ -25,6 +28,48 @@ from .append_plan import AppendKey
 from .arguments import AppendArgs
 
 THREADS = 256
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """Where one head of a token goes: gX (d,), of the tokens' type, or bytes of scaled fp8."""
+
+    gX: cute.Tensor
+    scale: Float32
+
+    @cute.jit
+    def move(self, gSource: cute.Tensor, column: Int32, vector: Constexpr[int]):
+        """Store vector `column` of a row as it is, or as fp8."""
+        if const_expr(self.gX.element_type is cutlass.Uint8):
+            self.store(load(gSource, column, vector), column)
+        else:
+            values = cute.make_rmem_tensor(vector, gSource.element_type)
+            copy_vector(cute.local_tile(gSource, (vector,), (column,)), values)
+            copy_vector(values, cute.local_tile(self.gX, (vector,), (column,)))
+
+    @cute.jit
+    def store(self, values: cute.Tensor, column: Int32):
+        """Round float32 values and store them as vector `column`."""
+        vector = cute.size(values)
+        target = cute.local_tile(self.gX, (vector,), (column,))
+        if const_expr(self.gX.element_type is cutlass.Uint8):
+            copy_vector(self.as_fp8(values), target)
+        else:
+            rounded = cute.make_rmem_tensor(vector, self.gX.element_type)
+            rounded.store(values.load().to(self.gX.element_type))
+            copy_vector(rounded, target)
+
+    @cute.jit
+    def as_fp8(self, values: cute.Tensor) -> cute.Tensor:
+        """The bytes of scaled values, limited to what e4m3 holds; NaN stays NaN."""
+        # Conversions take four values at a time.
+        scaled = cute.make_rmem_tensor(max(cute.size(values), 4), Float32)
+        for j in cutlass.range_constexpr(cute.size(scaled)):
+            scaled[j] = values[min(j, cute.size(values) - 1)] * self.scale
+        rounded = cute.make_rmem_tensor(cute.size(scaled), cutlass.Float8E4M3FN)
+        rounded.store(scaled.load().to(cutlass.Float8E4M3FN))
+        found = cute.recast_tensor(rounded, cutlass.Uint8)
+        return cute.make_tensor(found.iterator, cute.make_layout(cute.size(values)))
 
 
 class AppendKv:
@@ -70,9 +115,10 @@ class AppendKv:
         block, _, _ = cute.arch.block_idx()
         self.write_lengths(args, block)
         if block < new_blocks:
-            self.append_block(args, block, args.mKNew, args.mK, True)
+            self.append_block(args, block, (args.mKNew, args.mK, args.mKDescale), True)
         elif block < 2 * new_blocks:
-            self.append_block(args, block - new_blocks, args.mVNew, args.mV, False)
+            new = (args.mVNew, args.mV, args.mVDescale)
+            self.append_block(args, block - new_blocks, new, False)
         else:
             if const_expr(args.mQ is not None):
                 self.rotate_block(args, block - 2 * new_blocks)
@@ -100,11 +146,11 @@ class AppendKv:
         self,
         args: AppendArgs,
         block: Int32,
-        mNew: cute.Tensor,
-        mCache: cute.Tensor,
+        tensors: tuple,
         are_keys: Constexpr[bool],
     ):
-        """Move this block's tokens of mNew to their places in mCache."""
+        """Move this block's tokens to the cache: tensors is (new tokens, cache, descale)."""
+        mNew, mCache, mDescale = tensors
         vectors = cute.size(mNew, mode=[cute.rank(mNew) - 1]) // self.vector
         per_token = Int32(cute.size(mNew, mode=[cute.rank(mNew) - 2])) * vectors
         per_block = self.tokens_per_block(args.mKNew)
@@ -122,10 +168,14 @@ class AppendKv:
                 if start >= 0 and position < args.capacity:
                     gTarget = self.cache_row(args, mCache, batch, position, head)
                     gSource = token_row(mNew, batch, index, token, head)
+                    scale = Float32(1.0)
+                    if const_expr(mDescale is not None):
+                        scale = Float32(1.0) / mDescale[batch, head]
+                    row = TargetRow(gTarget, scale)
                     if const_expr(are_keys):
-                        self.move_rotated(args, gSource, gTarget, column, position)
+                        self.move_rotated(args, gSource, row, column, position)
                     else:
-                        move(gSource, gTarget, column, self.vector)
+                        row.move(gSource, column, self.vector)
             i += THREADS
 
     @cute.jit
@@ -144,12 +194,13 @@ class AppendKv:
                 if batch >= 0:
                     gSource = token_row(mQ, batch, index, token, head)
                     gTarget = token_row(args.mQRotated, batch, index, token, head)
+                    row = TargetRow(gTarget, Float32(1.0))
                     start = args.mCacheSeqlens[batch]
                     if start >= 0:
                         position = start + args.query_step * index
-                        self.move_rotated(args, gSource, gTarget, column, position)
+                        self.move_rotated(args, gSource, row, column, position)
                     else:
-                        move(gSource, gTarget, column, self.vector)
+                        row.move(gSource, column, self.vector)
             i += THREADS
 
     @cute.jit
@@ -191,13 +242,13 @@ class AppendKv:
         self,
         args: AppendArgs,
         gSource: cute.Tensor,
-        gTarget: cute.Tensor,
+        row: "TargetRow",
         column: Int32,
         position: Int32,
     ):
         """Move vector `column` of a row, rotated to `position` if it is one of those that turn."""
         if const_expr(args.mCos is None):
-            move(gSource, gTarget, column, self.vector)
+            row.move(gSource, column, self.vector)
         else:
             if column < self.key.rotary_dim // self.vector:
                 gCos, gSin = args.mCos[position, None], args.mSin[position, None]
@@ -205,9 +256,9 @@ class AppendKv:
                     turned = self.turned_within(gSource, gCos, gSin, column)
                 else:
                     turned = self.turned_across(gSource, gCos, gSin, column)
-                store(turned, gTarget, column)
+                row.store(turned, column)
             else:
-                move(gSource, gTarget, column, self.vector)
+                row.move(gSource, column, self.vector)
 
     @cute.jit
     def turned_within(
@@ -259,22 +310,6 @@ def load(gX: cute.Tensor, column: Int32, vector: Constexpr[int]) -> cute.Tensor:
     wide = cute.make_rmem_tensor(vector, Float32)
     wide.store(values.load().to(Float32))
     return wide
-
-
-@cute.jit
-def store(values: cute.Tensor, gX: cute.Tensor, column: Int32):
-    """Round to gX's type and store as vector `column` of a row."""
-    rounded = cute.make_rmem_tensor(cute.size(values), gX.element_type)
-    rounded.store(values.load().to(gX.element_type))
-    copy_vector(rounded, cute.local_tile(gX, (cute.size(values),), (column,)))
-
-
-@cute.jit
-def move(gSource: cute.Tensor, gTarget: cute.Tensor, column: Int32, vector: Constexpr[int]):
-    """Move vector `column` of a row as it is."""
-    values = cute.make_rmem_tensor(vector, gSource.element_type)
-    copy_vector(cute.local_tile(gSource, (vector,), (column,)), values)
-    copy_vector(values, cute.local_tile(gTarget, (vector,), (column,)))
 
 
 @cute.jit

@@ -8,6 +8,7 @@ import torch
 
 from . import compiler
 from .cache_update import CacheUpdate
+from .checks import FP8
 from .device import supported_card
 from .problem import AttentionTensors, is_aligned
 
@@ -19,7 +20,7 @@ class AppendKey:
     """Everything that a compiled append kernel depends on.
 
     `vector` is how many elements a thread moves at once; with 1 the tensors may have any strides.
-    `rotary_dim` is 0 without rotary tables.
+    `rotary_dim` is 0 without rotary tables. `fp8` is whether the cache is of float8_e4m3fn.
     """
 
     variant: str
@@ -33,6 +34,9 @@ class AppendKey:
     packed_q: bool
     paged: bool
     has_batch_idx: bool
+    fp8: bool = False
+    has_k_descale: bool = False
+    has_v_descale: bool = False
 
     def check(self) -> None:
         """Assert what the kernel takes for granted."""
@@ -56,7 +60,7 @@ def append_key(update: CacheUpdate, tensors: AttentionTensors) -> AppendKey:
     assert variant is not None
     return AppendKey(
         variant=variant,
-        dtype=tensors.k.dtype,
+        dtype=update.k.dtype,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         rotary_dim=rotary_dim,
@@ -66,6 +70,9 @@ def append_key(update: CacheUpdate, tensors: AttentionTensors) -> AppendKey:
         packed_q=rotary_dim > 0 and tensors.cu_seqlens_q is not None,
         paged=tensors.page_table is not None,
         has_batch_idx=tensors.kv_batch_idx is not None,
+        fp8=tensors.k.dtype == FP8,
+        has_k_descale=tensors.k_descale is not None,
+        has_v_descale=tensors.v_descale is not None,
     )
 
 
@@ -87,12 +94,14 @@ def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -
     args = AppendArgs(
         mKNew=update.k,
         mVNew=update.v,
-        mK=k,
-        mV=tensors.v,
+        mK=k.view(torch.uint8) if key.fp8 else k,
+        mV=tensors.v.view(torch.uint8) if key.fp8 else tensors.v,
         mQ=q if rotates else None,
         mQRotated=rotated,
         mCos=update.rotary_cos,
         mSin=update.rotary_sin,
+        mKDescale=tensors.k_descale,
+        mVDescale=tensors.v_descale,
         mCacheSeqlens=update.cache_seqlens,
         mSeqUsed=lengths,
         mCuSeqlensNew=update.cu_seqlens_k_new,
@@ -113,7 +122,7 @@ def _vector(update: CacheUpdate, tensors: AttentionTensors, rotary_dim: int) -> 
     moved = [update.k, update.v, tensors.k, tensors.v]
     if update.rotary_cos is not None and update.rotary_sin is not None:
         moved += [tensors.q, update.rotary_cos, update.rotary_sin]
-    widest = VECTOR_BYTES // tensors.k.element_size()
+    widest = VECTOR_BYTES // update.k.element_size()
     half = rotary_dim // 2
     cuts = [tensors.k.shape[-1], tensors.v.shape[-1], half]
     even = all(extent % widest == 0 for extent in cuts)

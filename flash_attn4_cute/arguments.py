@@ -79,6 +79,7 @@ class AppendArgs(NamedTuple):
     `mKNew`, `mVNew` (b, s_new, h_k, d | d_v) or (total_new, h_k, d | d_v); `mK`, `mV`
     (rows, sk, h_k, d | d_v) or (pages, page_size, h_k, d | d_v); `mQ`, `mQRotated` (b, sq, h, d) or
     (total_q, h, d), there only with rotary tables `mCos`, `mSin` (positions, rotary_dim / 2).
+    `mK`, `mV` of an fp8 cache are its bytes, `mKDescale`, `mVDescale` (b, h_k) float32 its factors.
     `mSeqUsed` receives the lengths after the update. Query i is rotated to the sequence's
     cache_seqlens + `query_step` * i. `capacity` is the number of tokens a sequence can hold.
     """
@@ -91,6 +92,8 @@ class AppendArgs(NamedTuple):
     mQRotated: cute.Tensor | None
     mCos: cute.Tensor | None
     mSin: cute.Tensor | None
+    mKDescale: cute.Tensor | None
+    mVDescale: cute.Tensor | None
     mCacheSeqlens: cute.Tensor
     mSeqUsed: cute.Tensor
     mCuSeqlensNew: cute.Tensor | None

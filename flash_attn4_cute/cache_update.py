@@ -24,7 +24,8 @@ class CacheUpdate:
     """New keys and values of one call.
 
     Shapes:
-        k, v: (b, s_new, h_k, d | d_v), or (total_new, h_k, d | d_v) with cu_seqlens_k_new
+        k, v: (b, s_new, h_k, d | d_v), or (total_new, h_k, d | d_v) with cu_seqlens_k_new, in q's
+            dtype; an fp8 cache gets x / descale, limited to +-448 and rounded to nearest
         cache_seqlens: int32 (b,), tokens in the cache before the call
         cu_seqlens_k_new: int32 (b + 1,)
         rotary_cos, rotary_sin: (positions, rotary_dim / 2) in q's dtype
@@ -66,7 +67,7 @@ def _check_new_tokens(update: CacheUpdate, tensors: AttentionTensors, batch: int
         check_index_tensor("cu_seqlens_k_new", cu, tensors.q.device, (batch + 1,), "(b + 1,)")
     for name, new, cache in (("k", update.k, tensors.k), ("v", update.v, tensors.v)):
         checks.check_is_tensor(name, new)
-        checks.check_dtype(name, new, (cache.dtype,))
+        checks.check_dtype(name, new, (tensors.q.dtype,))
         checks.check_device(name, new, cache.device)
         if new.dim() != (3 if packed else 4):
             raise refuse(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
 
 _Error = TypeVar("_Error", ValueError, TypeError, NotImplementedError)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .checks import FP8
 from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
 from .device import INSTRUCTIONS, supported_card
 from .mask_rule import Band, band_of
@@ -166,6 +167,9 @@ def _refusals(p: AttentionProblem):
     on_cpu = "or pass CPU tensors"
     if p.dtype not in (torch.float16, torch.bfloat16):
         yield _refuse("dtype", p.dtype, "the GPU kernels take float16 and bfloat16", "cast q, k, v")
+    if p.fp8_kv:
+        rule = "the GPU kernels do not read fp8 yet"
+        yield _refuse("k.dtype, v.dtype", FP8, rule, f"convert them to q's dtype, {on_cpu}")
     for name, dim in (("head_dim", p.head_dim), ("head_dim_v", p.head_dim_v)):
         if dim % 8 or dim > MAX_HEAD_DIM:
             rule = f"the GPU kernels take multiples of 8 up to {MAX_HEAD_DIM}"

@@ -57,6 +57,7 @@ class AttentionTensors:
         page_table: int32 (b, max_pages); entries past the end of a sequence are never read
         kv_batch_idx: int32 (b,), the row of dense k and v that belongs to each sequence
         cache_leftpad: int32 (b,), the first key that counts in each row of dense k and v
+        k_descale, v_descale: float32 (b, h_k), factors of fp8 k and v; None is 1
         sink: (h,) float, a logit that takes part in every softmax without a value
         alibi_slopes: float32 (h,) or (b, h)
         dropout_state: int64 (2,), the Philox seed and offset
@@ -76,6 +77,8 @@ class AttentionTensors:
     page_table: Tensor | None = None
     kv_batch_idx: Tensor | None = None
     cache_leftpad: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
     sink: Tensor | None = None
     alibi_slopes: Tensor | None = None
     dropout_state: Tensor | None = None
@@ -173,6 +176,9 @@ class AttentionProblem:
     requires_grad: bool
     misfits: tuple[tuple[str, str], ...] = ()
     has_cache_leftpad: bool = False
+    fp8_kv: bool = False
+    has_k_descale: bool = False
+    has_v_descale: bool = False
     sink_dtype: torch.dtype | None = None
     aux: tuple[tuple[torch.dtype, int], ...] = ()
     block_size: tuple[int, int] | None = None
@@ -243,6 +249,9 @@ class AttentionProblem:
             requires_grad=options.requires_grad,
             misfits=_misfits(tensors),
             has_cache_leftpad=tensors.cache_leftpad is not None,
+            fp8_kv=k.dtype == checks.FP8,
+            has_k_descale=tensors.k_descale is not None,
+            has_v_descale=tensors.v_descale is not None,
             sink_dtype=None if tensors.sink is None else tensors.sink.dtype,
             block_size=None if tensors.blocks is None else tensors.blocks.block_size,
             aux=tuple((t.dtype, t.dim()) for t in tensors.aux_tensors or ()),
@@ -294,6 +303,8 @@ def _signature(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
         t.page_table,
         t.kv_batch_idx,
         t.cache_leftpad,
+        t.k_descale,
+        t.v_descale,
         t.sink,
         t.alibi_slopes,
     )

@@ -134,6 +134,13 @@ def trace_append(key: AppendKey) -> tuple:
         outer = (cute.sym_int(),) if packed else (cute.sym_int(), cute.sym_int())
         return vectors(dtype, (*outer, *inner), key.vector)
 
+    def cache(head_dim: int) -> cute.Tensor:
+        shape = (cute.sym_int(), cute.sym_int(), heads_kv, head_dim)
+        return vectors(cutlass.Uint8 if key.fp8 else dtype, shape, key.vector)
+
+    def descale(present: bool) -> cute.Tensor | None:
+        return vectors(Float32, (cute.sym_int(), heads_kv), 1) if present else None
+
     def indices(*shape, present: bool = True) -> cute.Tensor | None:
         return values(Int32, shape, present)
 
@@ -144,12 +151,14 @@ def trace_append(key: AppendKey) -> tuple:
     args = AppendArgs(
         mKNew=tokens(key.packed_new, heads_kv, key.head_dim),
         mVNew=tokens(key.packed_new, heads_kv, key.head_dim_v),
-        mK=tokens(False, heads_kv, key.head_dim),
-        mV=tokens(False, heads_kv, key.head_dim_v),
+        mK=cache(key.head_dim),
+        mV=cache(key.head_dim_v),
         mQ=tokens(key.packed_q, heads, key.head_dim) if rotates else None,
         mQRotated=tokens(key.packed_q, heads, key.head_dim) if rotates else None,
         mCos=table(),
         mSin=table(),
+        mKDescale=descale(key.has_k_descale),
+        mVDescale=descale(key.has_v_descale),
         mCacheSeqlens=indices(cute.sym_int()),
         mSeqUsed=indices(cute.sym_int()),
         mCuSeqlensNew=indices(cute.sym_int(), present=key.packed_new),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import FLOAT_DTYPES, check_index_tensor, refuse
+from .checks import FLOAT_DTYPES, FP8, check_index_tensor, refuse
 from .mask_rule import Custom
 
 if TYPE_CHECKING:
@@ -22,21 +22,21 @@ MAX_NUM_SPLITS = 256
 
 
 def check_qkv_types(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v are tensors of one supported dtype on one device."""
+    """q, k and v are on one device and of one supported dtype, or k and v are fp8."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, t in (("q", q), ("k", k), ("v", v)):
             checks.check_is_tensor(name, t)
     dtype, device = q.dtype, q.device
     if dtype not in FLOAT_DTYPES:
         checks.check_dtype("q", q, FLOAT_DTYPES)
-    if k.dtype != dtype or v.dtype != dtype:
+    if (k.dtype != dtype or v.dtype != dtype) and not k.dtype == v.dtype == FP8:
         for name, t in (("k", k), ("v", v)):
             if t.dtype != dtype:
                 raise refuse(
                     TypeError,
                     f"{name}.dtype",
                     t.dtype,
-                    f"must be q's dtype, {dtype}",
+                    f"must be q's dtype, {dtype}, or k and v both {FP8}",
                     f"Convert it with {name}.to(q.dtype)",
                 )
     if k.device != device or v.device != device:
@@ -234,6 +234,8 @@ def check_optional_tensors(tensors: AttentionTensors, batch: int, num_heads: int
         check_index_tensor("seqused_k", tensors.seqused_k, device, (batch,), "(b,)")
     if tensors.kv_batch_idx is not None or tensors.cache_leftpad is not None:
         _check_cache_rows(tensors, batch)
+    if tensors.k_descale is not None or tensors.v_descale is not None:
+        _check_descales(tensors, batch)
     if tensors.sink is not None:
         sink = tensors.sink
         checks.check_is_tensor("s_aux", sink)
@@ -286,6 +288,24 @@ def _check_cache_rows(tensors: AttentionTensors, batch: int) -> None:
                 "Drop it, or drop cu_seqlens_k",
             )
         check_index_tensor(name, rows, tensors.q.device, (batch,), "(b,)")
+
+
+def _check_descales(tensors: AttentionTensors, batch: int) -> None:
+    for name, descale in (("k_descale", tensors.k_descale), ("v_descale", tensors.v_descale)):
+        if descale is None:
+            continue
+        checks.check_is_tensor(name, descale)
+        if tensors.k.dtype != FP8:
+            raise refuse(
+                ValueError,
+                name,
+                "a tensor",
+                f"scales k and v of {FP8}, these are {tensors.k.dtype}",
+                f"Drop {name}, or multiply k or v by it",
+            )
+        checks.check_dtype(name, descale, (torch.float32,))
+        checks.check_device(name, descale, tensors.q.device)
+        checks.check_shape(name, descale, (batch, tensors.k.shape[-2]), "(b, h_k)")
 
 
 def _check_alibi(slopes: Tensor, device: torch.device, batch: int, num_heads: int) -> None:
@@ -368,6 +388,14 @@ def _check_score_mod(tensors: AttentionTensors, options: AttentionOptions) -> No
 
 
 def _check_differentiable(tensors: AttentionTensors, options: AttentionOptions) -> None:
+    if tensors.k.dtype == FP8:
+        raise refuse(
+            NotImplementedError,
+            "k.dtype",
+            FP8,
+            "a call on fp8 k and v has no gradient",
+            "Call under torch.no_grad(), or convert k and v to q's dtype",
+        )
     for name, result in (("out", tensors.out), ("lse", tensors.lse)):
         if result is not None:
             raise refuse(

@@ -15,6 +15,7 @@ from .oracle import Rule
 
 HEADS, HEADS_KV, D = 4, 2, 64
 CAPACITY = 96  # tokens a sequence's cache can hold
+FP8 = torch.float8_e4m3fn
 SPARE_ROWS = 2  # of a cache that cache_batch_idx chooses from
 BEFORE = (0, 1, 63, 64, 90, -1)  # tokens already there; -1 is a padded row of a CUDA graph
 
@@ -42,6 +43,7 @@ class Append:
     d_v: int = D
     strides: str = "contiguous"
     num_splits: int = 0
+    fp8: bool = False
     seed: int = 11
 
     @property
@@ -63,7 +65,7 @@ class Append:
             name="", layout="paged" if self.layout == "paged" else "dense", dtype=self.dtype,
             d=self.d, d_v=self.d_v, strides=self.strides,
         )  # fmt: skip
-        return case.missing_on_gpu()
+        return "|".join(filter(None, [case.missing_on_gpu(), self.fp8 and "dtype"])) or None
 
 
 class Cache:
@@ -91,13 +93,27 @@ class Cache:
         if how.layout == "indexed":
             order = torch.randperm(how.batch + SPARE_ROWS, generator=gen)
             self.rows = order[: how.batch].to(device, torch.int32)
+        self.descales: tuple[Tensor, ...] = ()
+        if how.fp8:
+            factors = torch.rand(2, how.batch, heads_kv, generator=gen) * 0.02 + 0.005
+            self.descales = tuple(factors.to(device))
         held = [[normal(max(0, n), heads_kv, d) for n in how.before] for d in (how.d, how.d_v)]
+        if how.fp8:
+            held = [self._quantised(xs, which) for which, xs in enumerate(held)]
         self.k, self.v = (self._place(xs) for xs in held)
         join = inputs.pack if how.packed else inputs.stack
         self.q, self.new_k, self.new_v = (
             join(xs, (), how.dtype, device) for xs in (self.qs, self.new_ks, self.new_vs)
         )
         self._restride()
+
+    def _quantised(self, xs: Sequence[Tensor], which: int) -> list[Tensor]:
+        """Keys (which = 0) or values of each sequence as an fp8 cache holds them."""
+        scaled = [
+            x.double() / factor[:, None]
+            for x, factor in zip(xs, self.descales[which].double(), strict=True)
+        ]
+        return [x.clamp(-448, 448).to(FP8) for x in scaled]
 
     def _page_table(self, gen: torch.Generator) -> Tensor:
         """Shuffled pages for the tokens that each sequence will hold; -1 or junk behind them."""
@@ -141,6 +157,8 @@ class Cache:
             given["cu_seqlens_q"] = inputs.cumulative(self.qs, self.device)
             given["cu_seqlens_k_new"] = inputs.cumulative(self.new_ks, self.device)
             given["max_seqlen_q"] = max(how.num_queries)
+        if how.fp8:
+            given |= {"k_descale": self.descales[0], "v_descale": self.descales[1]}
         if how.num_splits:
             given["num_splits"] = how.num_splits
         return given
@@ -157,16 +175,27 @@ class Cache:
                 k = oracle.rotate(k, self.cos, self.sin, list(range(n, n + len(k))), layout)
             queries.append(q)
             keys.append(k)
+        values = self.new_vs
+        if how.fp8:
+            keys, values = self._quantised(keys, 0), self._quantised(values, 1)
         where = {"page_table": self.table, "batch_idx": self.rows}
         cache_k = oracle.append(self.k, keys, how.before, **where)
-        cache_v = oracle.append(self.v, self.new_vs, how.before, **where)
+        cache_v = oracle.append(self.v, values, how.before, **where)
         return cache_k, cache_v, queries, list(how.ends)
 
-    def sequences(self, cache: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """The tokens of each sequence in a cache laid out as this one."""
+    def sequences(self, which: int, lengths: Sequence[int]) -> list[Tensor]:
+        """The keys (which = 0) or values of each sequence that the cache holds."""
+        cache = (self.k, self.v)[which]
+        if self.how.fp8:
+            cache = cache.float()
         if self.table is not None:
-            return oracle.from_paged(cache, self.table, lengths)
-        return oracle.from_dense(cache, lengths, self.rows)
+            found = oracle.from_paged(cache, self.table, lengths)
+        else:
+            found = oracle.from_dense(cache, lengths, self.rows)
+        if self.how.fp8:
+            factors = self.descales[which]
+            return [x * factor[:, None] for x, factor in zip(found, factors, strict=True)]
+        return found
 
     def split_queries(self, x: Tensor, dim: int = 0) -> list[Tensor]:
         """x, with the queries of all sequences along `dim` if packed, by sequence."""
@@ -200,8 +229,8 @@ def verify(fa4: ModuleType, how: Append, device: torch.device | str) -> None:
         raise
     same_bits(cache.q, kept[0])
     same_but_for_one_rounding(cache.k, expected_k)
-    same_bits(cache.v, expected_v)
-    ks, vs = (cache.sequences(x, lengths) for x in (cache.k, cache.v))
+    (same_but_for_one_rounding if how.fp8 else same_bits)(cache.v, expected_v)
+    ks, vs = (cache.sequences(which, lengths) for which in (0, 1))
     outs, lses = cache.split_queries(out), cache.split_queries(lse, 1)
     for b in range(how.batch):
         ref = acceptance.reference(queries[b].to(how.dtype), ks[b], vs[b], how.rule, b)
@@ -245,6 +274,10 @@ def _appends() -> dict[str, Append]:
         "odd_stride": Append(layout="dense", strides="odd_stride", **halves),
         "shifted_by_one": Append(layout="paged", strides="shifted_by_one", **pairs),
         "fp32": Append(layout="dense", dtype=F32, **halves),
+        "fp8": Append(layout="paged", fp8=True, **halves),
+        "fp8_decode": Append(layout="dense", fp8=True, new=one, **pairs),
+        "fp8_plain": Append(layout="indexed", fp8=True, rotary=None),
+        "fp8_odd": Append(layout="paged", fp8=True, strides="odd_stride", **pairs),
         "fp16": Append(layout="dense", dtype=F16, **halves),
     }
 
@@ -255,9 +288,9 @@ append_params = [pytest.param(how, id=name) for name, how in APPENDS.items()]
 
 def same_but_for_one_rounding(ours: Tensor, truth: Tensor) -> None:
     """NaN where nothing was written; elsewhere a neighbour in the dtype, or float32's rounding."""
-    dtype = truth.dtype
+    dtype, ours, truth = truth.dtype, ours.float(), truth.float()
     assert ours.shape == truth.shape and torch.equal(ours.isnan(), truth.isnan())
-    ours, truth = ours.nan_to_num().float(), truth.nan_to_num().float()
+    ours, truth = ours.nan_to_num(), truth.nan_to_num()
     slip = torch.finfo(dtype).eps * truth.abs()
     floor = acceptance.ARITHMETIC * float(truth.abs().max()) if truth.numel() else 0.0
     assert ((ours - truth).abs() <= slip + floor).all()
@@ -265,5 +298,6 @@ def same_but_for_one_rounding(ours: Tensor, truth: Tensor) -> None:
 
 def same_bits(ours: Tensor, truth: Tensor) -> None:
     """Equal bit for bit, NaN included."""
+    ours, truth = ours.float(), truth.float()
     assert torch.equal(ours.isnan(), truth.isnan())
     assert torch.equal(ours.nan_to_num(7.0), truth.nan_to_num(7.0))

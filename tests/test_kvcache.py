@@ -7,7 +7,7 @@ import torch
 
 from . import acceptance, append_cases, cases, harness, inputs, oracle
 from .append_cases import HEADS, HEADS_KV, D, append_params, verify
-from .cases import BF16, Case
+from .cases import BF16, F16, F32, Case
 from .oracle import Rule
 
 
@@ -104,6 +104,47 @@ def test_append_then_attend(fa4, device, how):
             verify(fa4, how, device)
         return
     verify(fa4, how, device)
+
+
+WRONG_FP8 = {
+    "descale_of_other_dtype": ({"fp8": False, "k_descale": (2, 2)}, ValueError, "k_descale="),
+    "descale_shape": ({"v_descale": (2, 4)}, ValueError, r"v_descale.shape=\(2, 4\)"),
+    "descale_dtype": ({"k_descale": (2, 2), "dtype": F16}, TypeError, "k_descale.dtype="),
+    "only_k": ({"only_k": True}, TypeError, "k.dtype="),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FP8)
+def test_wrong_fp8_caches(fa4, name):
+    """Named before anything is written."""
+    wrong, kind, message = WRONG_FP8[name]
+    k, v = (torch.zeros(2, 8, 2, D, dtype=BF16) for _ in range(2))
+    if wrong.get("fp8", True):
+        k = k.to(append_cases.FP8)
+        v = v if wrong.get("only_k") else v.to(append_cases.FP8)
+    q, new = torch.ones(2, 1, 4, D, dtype=BF16), torch.ones(2, 1, 2, D, dtype=BF16)
+    descales = {
+        key: torch.ones(shape, dtype=wrong.get("dtype", F32))
+        for key, shape in wrong.items()
+        if key.endswith("descale")
+    }
+    with pytest.raises(kind, match=message):
+        fa4.flash_attn_with_kvcache(q, k, v, new, new, cache_seqlens=0, **descales)
+    assert (k.float() == 0).all() and (v.float() == 0).all()
+
+
+def test_fa2716_fp8_saturates(fa4):
+    """FA#2716: a new token beyond what e4m3 holds becomes +-448, not NaN."""
+    cache = torch.zeros(2, 1, 4, 1, D, dtype=BF16).to(append_cases.FP8)
+    new = torch.full((1, 1, 1, D), 1e4, dtype=BF16)
+    new[..., ::2] = -1e4
+    descale = torch.full((1, 1), 2.0)
+    out = fa4.flash_attn_with_kvcache(
+        *(torch.ones(1, 1, 1, D, dtype=BF16), cache[0], cache[1], new, new), cache_seqlens=0,
+        k_descale=descale, v_descale=descale,
+    )  # fmt: skip
+    assert torch.equal(cache[0, 0, 0].float(), 448 * new[0, 0].float().sign())
+    assert torch.equal(out.float(), 896 * new.float().sign())
 
 
 def test_decode_step_by_step_equals_prefill(fa4):

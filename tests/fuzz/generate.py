@@ -59,6 +59,7 @@ class Kernel:
     append: bool = False
     rotary: str | None = None
     rotary_dim: int = 0
+    fp8: bool = False
 
     @property
     def features(self) -> int:
@@ -95,6 +96,7 @@ def draw_kernel(rng: random.Random) -> Kernel:
             page_size=rng.choice(PAGE_SIZES) if layout == "paged" else None,
             rotary=rotary,
             rotary_dim=2 * half if rotary else 0,
+            fp8=rarely(),
             **common,
         )
     layout = rng.choice(
@@ -261,5 +263,6 @@ def append_call(draw, kernel: Kernel, limits: Limits, num_heads, batch: int, see
         d_v=kernel.d_v or kernel.d,
         strides=draw(st.sampled_from(choices if kernel.aligned else ("odd_stride",))),
         num_splits=draw(st.sampled_from(limits.splits if kernel.splits else (0, 1))),
+        fp8=kernel.fp8,
         seed=seed,
     )

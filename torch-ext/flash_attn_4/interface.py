@@ -192,6 +192,8 @@ def flash_attn_with_kvcache(
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k_new: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -217,9 +219,9 @@ def flash_attn_with_kvcache(
     Args:
         q: (b, sq, h, d), or (total_q, h, d) with cu_seqlens_q.
         k_cache, v_cache: (b_cache, sk, h_k, d | d_v), or (pages, page_size, h_k, d | d_v) with a
-            page table; written where k and v are given.
+            page table, in q's dtype or both float8_e4m3fn; written where k and v are given.
         k, v: new tokens (b, s_new, h_k, d | d_v), or (total_new, h_k, d | d_v) with
-            cu_seqlens_k_new. Together or not at all. Not differentiable.
+            cu_seqlens_k_new, in q's dtype. Together or not at all. Not differentiable.
         cache_seqlens: int or int32 (b,), tokens in the cache before the call; None: all of it.
             Negative: the sequence is padding, nothing is written and its rows of out are 0.
         cache_batch_idx: int32 (b,), the cache row of each sequence; dense caches only.
@@ -230,6 +232,9 @@ def flash_attn_with_kvcache(
             are rotated to their positions; queries to cache_seqlens + i if causal or windowed, else
             all to cache_seqlens. Need k and v.
         rotary_interleaved: pairs (0, 1), (2, 3), ... if True, else (0, r/2), (1, r/2 + 1), ...
+        k_descale, v_descale: float32 (b, h_k), for fp8 caches: a key is its entry of k_cache times
+            k_descale, and a new key is divided by it, limited to +-448 and rounded before it is
+            written; v likewise. None: 1.
         cu_seqlens_q: int32 (b + 1,) for packed queries.
         cu_seqlens_k_new: int32 (b + 1,) for packed k and v; without these it has no meaning.
         max_seqlen_q: upper bound of the query lengths; None: derived from the shapes.
@@ -253,6 +258,8 @@ def flash_attn_with_kvcache(
         page_table=one_of("block_table", block_table, "page_table", page_table),
         kv_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
+        k_descale=k_descale,
+        v_descale=v_descale,
         sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
         alibi_slopes=alibi_slopes,
     )

@@ -33,7 +33,8 @@ from .flash_attn4_cute.problem import (
 _TENSORS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? page_table, Tensor? kv_batch_idx, Tensor? cache_leftpad, Tensor? sink, "
-    "Tensor? alibi_slopes, Tensor? dropout_state, Tensor[]? aux_tensors"
+    "Tensor? k_descale, Tensor? v_descale, Tensor? alibi_slopes, Tensor? dropout_state, "
+    "Tensor[]? aux_tensors"
 )
 _OPTIONS = (
     "SymInt? window_left, SymInt? window_right, int mask_mod, int score_mod, "
@@ -88,6 +89,8 @@ def flatten(tensors: AttentionTensors, options: AttentionOptions) -> tuple:
         tensors.kv_batch_idx,
         tensors.cache_leftpad,
         tensors.sink,
+        tensors.k_descale,
+        tensors.v_descale,
         tensors.alibi_slopes,
         tensors.dropout_state,
         None if aux is None else list(aux),
@@ -109,9 +112,8 @@ def flatten(tensors: AttentionTensors, options: AttentionOptions) -> tuple:
 
 def unflatten(call: tuple, return_lse: bool = True) -> tuple[AttentionTensors, AttentionOptions]:
     """The inverse of `flatten`."""
-    q, k, v, cu_q, cu_k, used_q, used_k, table, rows, leftpad, sink, alibi, state, aux = call[
-        :_NUM_TENSORS
-    ]
+    q, k, v, cu_q, cu_k, used_q, used_k, table, rows, leftpad = call[:_SINK]
+    sink, k_descale, v_descale, alibi, state, aux = call[_SINK:_NUM_TENSORS]
     tensors = AttentionTensors(
         q=q,
         k=k,
@@ -124,6 +126,8 @@ def unflatten(call: tuple, return_lse: bool = True) -> tuple[AttentionTensors, A
         kv_batch_idx=rows,
         cache_leftpad=leftpad,
         sink=sink,
+        k_descale=k_descale,
+        v_descale=v_descale,
         alibi_slopes=alibi,
         dropout_state=state,
         aux_tensors=None if aux is None else tuple(aux),

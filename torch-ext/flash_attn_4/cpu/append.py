@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..flash_attn4_cute.cache_update import CacheUpdate, lengths_after, new_token_counts
+from ..flash_attn4_cute.checks import FP8
 from ..flash_attn4_cute.problem import AttentionTensors
 
 
@@ -29,13 +30,27 @@ def append_kv(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool
     real = position >= 0
     sequence, position = sequence[real], position[real]
     keys, values = keys[: real.shape[0]][real], values[: real.shape[0]][real]
+    if tensors.k.dtype == FP8:
+        keys, values = keys.to(torch.float32), values.to(torch.float32)
     if update.rotary_cos is not None:
         keys = rotate(keys, position, update)
         tensors.q = _rotate_queries(tensors, update, rotate_along)
+    if tensors.k.dtype == FP8:
+        keys = quantise(keys, tensors.k_descale, sequence)
+        values = quantise(values, tensors.v_descale, sequence)
     where = _cache_slots(tensors, sequence, position)
-    tensors.k[where] = keys
-    tensors.v[where] = values
+    bits = torch.uint8 if tensors.k.dtype == FP8 else tensors.k.dtype  # no index_put_ for fp8
+    tensors.k.view(bits)[where] = keys.view(bits)
+    tensors.v.view(bits)[where] = values.view(bits)
     tensors.seqused_k = lengths_after(update)
+
+
+def quantise(x: Tensor, descale: Tensor | None, sequence: Tensor) -> Tensor:
+    """`x` (tokens, heads, d), float32, divided by its sequence's descale (b, heads), as fp8."""
+    if descale is not None:
+        x = x * descale.reciprocal()[sequence].unsqueeze(-1)
+    largest = torch.finfo(FP8).max
+    return x.clamp(-largest, largest).to(FP8)
 
 
 def rotate(x: Tensor, position: Tensor, update: CacheUpdate) -> Tensor:

@@ -38,8 +38,12 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     for group in make_groups(problem, tensors):
         for sub, rows in query_tiles(group, problem.num_heads):
             queries = sub.queries(q, rows.start, rows.stop).to(torch.float32) * rule.scale
+            if tensors.k_descale is not None:
+                queries *= sub.per_query_head(tensors.k_descale, problem.num_heads)
             attention = RowsAttention(rule, dropout, sub, rows, queries)
             o, log_sum = attention.run(tensors.k, tensors.v, max(1, problem.num_splits))
+            if tensors.v_descale is not None:
+                o *= sub.per_query_head(tensors.v_descale, problem.num_heads)
             if tensors.sink is not None:
                 o, log_sum = add_sink(o, log_sum, tensors.sink)
             sub.queries(out, rows.start, rows.stop).copy_(o)

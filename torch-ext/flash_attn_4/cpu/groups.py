@@ -65,6 +65,11 @@ class Group:
             return t[self.first : self.first + self.count, :, start:end]
         return t[None, :, self.offset_q + start : self.offset_q + end]
 
+    def per_query_head(self, t: Tensor, num_heads: int) -> Tensor:
+        """(count, h, 1, 1) of a factor (b, h_k) of keys or values."""
+        part = t[self.first : self.first + self.count]
+        return part.repeat_interleave(num_heads // t.shape[1], 1)[..., None, None]
+
     def keys(self, t: Tensor, start: int, end: int) -> Tensor:
         """(count, h_k, end - start, d) of k or v: a view, or a copy of just these pages."""
         if self.pages is not None:
