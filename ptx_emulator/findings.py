@@ -49,6 +49,14 @@ class Deadlock(EmulationError):
     kind = "deadlock"
 
 
+class Livelock(EmulationError):
+    kind = "livelock"
+
+
+class RegisterFault(EmulationError):
+    kind = "registers"
+
+
 class BarrierFault(EmulationError):
     kind = "barrier"
 

@@ -13,6 +13,7 @@ from . import (  # noqa: F401
     memory,
     mma_sync,
     move,
+    registers,
     sync,
     tcgen05,
     tcgen05_mma,

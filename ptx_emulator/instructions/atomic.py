@@ -67,6 +67,8 @@ def run(
                 words[at + index] = columns[1][index][lane] if before == new else before
             else:
                 words[at + index] = _OPERATIONS[operation](before, new)
+            if words[at + index] != old[index, lane]:
+                g.cta.machine.memory.stores += 1  # so that it is seen as progress
     return tuple(old)
 
 

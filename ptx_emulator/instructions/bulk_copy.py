@@ -114,6 +114,7 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
             units = tma.units_of(tensor, offset)
             place.smem.shadow.reshape(-1, 16)[units] = IN_FLIGHT
             signal = owner.mbarrier((owner.rank << 24) | bar_offset)
+            signal.check_fenced("a TMA load")
             run = _load(g, (tensor, at), (place.smem, offset), signal)
             op = AsyncOp("TMA load", run, owner=place)
             count(g, int(lane), tensor.box_bytes)
@@ -265,6 +266,7 @@ def _flat_load(g: Gang, target: Any, source: Any, barrier: int) -> Any:
     smem, offset = target
     address, nbytes, from_global = source
     signal = g.cta.mbarrier(barrier)
+    signal.check_fenced("a bulk load")
 
     def run() -> None:
         if from_global:

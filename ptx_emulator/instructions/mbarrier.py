@@ -68,8 +68,11 @@ def run_init(g: Gang, address: Any, count: Any, mask: Any) -> None:
         if lanes:
             g.cta.init_mbarrier(at, uniform(g, count, mask, "an mbarrier's count"))
             barrier = g.cta.mbarrier(at)
+            maker = int(naming(g, address, at, mask)[0])
+            barrier.maker = maker
+            g.cta.unfenced.append(barrier)
             if barrier.watch is not None:
-                barrier.watch.initialised(barrier, int(naming(g, address, at, mask)[0]))
+                barrier.watch.initialised(barrier, maker)
 
 
 @instruction("mbarrier.inval")

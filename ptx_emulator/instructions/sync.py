@@ -155,18 +155,19 @@ def getctarank(e: Emitter, ins: Instruction) -> None:
 @instruction("fence", "membar")
 def fence(e: Emitter, ins: Instruction) -> None:
     """Memory is sequentially consistent here; the race checker follows the proxy fences."""
-    if ins.has("proxy") and ins.has("async"):
-        e.line(e.call(run_fence_proxy, "g", e.mask))
+    proxy = ins.has("proxy") and ins.has("async")
+    if proxy or ins.has("mbarrier_init"):
+        e.line(e.call(run_fence, "g", str(proxy), e.mask))
 
 
-def run_fence_proxy(g: Gang, mask: Any) -> None:
-    if g.cta.race is not None:
-        g.cta.race.fence_proxy(active_warps(g, lanes_of(g, mask)))
-
-
-@instruction("setmaxnreg")
-def setmaxnreg(e: Emitter, ins: Instruction) -> None:
-    """Registers are not a limit here."""
+def run_fence(g: Gang, proxy: bool, mask: Any) -> None:
+    """The async proxy sees the barriers that the warps initialised; if `proxy`, all they wrote."""
+    warps = active_warps(g, lanes_of(g, mask))
+    for barrier in g.cta.unfenced:
+        barrier.maker = None if barrier.maker in warps else barrier.maker
+    g.cta.unfenced = [barrier for barrier in g.cta.unfenced if barrier.maker is not None]
+    if proxy and g.cta.race is not None:
+        g.cta.race.fence_proxy(warps)
 
 
 @instruction("griddepcontrol", "nanosleep", "pmevent")

@@ -220,6 +220,8 @@ def run_commit(g: Gang, address: Any, ranks: Any, mask: Any) -> None:
             named = at_lane(ranks, lane)
             names = [at & 0xFFFFFF | rank << 24 for rank in range(16) if named >> rank & 1]
         barriers = [g.cta.mbarrier(name) for name in names]
+        for barrier in barriers:
+            barrier.check_fenced("a tcgen05.commit")
         warp = int(g.warps[lane // 32])
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
         memory.pipes[warp] = queue.add(AsyncOp("tcgen05.commit", _arrive(barriers), before))

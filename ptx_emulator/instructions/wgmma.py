@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..findings import DescriptorFault, Unmodelled
+from ..findings import DescriptorFault, Race, Unmodelled
 from ..machine import sums
 from ..machine.async_ops import AsyncOp
 from ..machine.descriptors import decode, operand
@@ -31,7 +31,7 @@ _EIGHT = ("e4m3", "e5m2")
 
 @instruction("wgmma.fence")
 def fence(e: Emitter, ins: Instruction) -> None:
-    """Orders registers and products; a product takes its registers at its issue here."""
+    """Products take their registers at once; check/wgmma_fence.py finds a missing fence."""
 
 
 @instruction("wgmma.mma_async.sync.aligned")
@@ -49,6 +49,8 @@ def mma_async(e: Emitter, ins: Instruction) -> None:
     values = [flag.value if isinstance(flag, Imm) else None for flag in flags]
     if values[:2] not in ([1, 1], []):
         raise Unmodelled(e.text)
+    if ins.line in e.program.unfenced:
+        e.line(e.call(report_unfenced, "g", repr(e.program.unfenced[ins.line])))
     in_registers = isinstance(a, Vector)
     trans = [bool(value) for value in values[2:]] or ([False] if in_registers else [False, False])
     trans_a, trans_b = (False, *trans) if in_registers else trans
@@ -61,6 +63,12 @@ def mma_async(e: Emitter, ins: Instruction) -> None:
     form = (n, kinds[1:], trans_a, trans_b)
     arguments = (left, e.get(b, "u64"), e.get(scale, "b1"), f"({old},)", repr(form), e.mask)
     e.put_each(items_of(d), e.call(issue, "g", *arguments), kind)
+
+
+def report_unfenced(g: Gang, register: str) -> None:
+    g.cta.machine.findings.report(
+        Race(f"a wgmma uses {register}, which was written since the last wgmma.fence")
+    )
 
 
 def per_warp(g: Gang, value: Any) -> list[int]:

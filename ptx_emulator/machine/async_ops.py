@@ -31,6 +31,7 @@ class AsyncQueue:
 
     scheduler: Scheduler
     ops: list[AsyncOp] = field(default_factory=list)
+    finished: int = 0
 
     def add(self, op: AsyncOp) -> AsyncOp:
         self.ops.append(op)
@@ -44,6 +45,7 @@ class AsyncQueue:
             self.finish_read(op)
             op.done = True
             self.ops.remove(op)
+            self.finished += 1
             op.run()
 
     def finish_read(self, op: AsyncOp) -> None:

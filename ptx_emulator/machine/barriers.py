@@ -22,6 +22,7 @@ class MBarrier:
     phase: int = 0
     waiters: list["Gang"] = field(default_factory=list)
     watch: Any = None  # the race checker, told of arrivals and of phases that end
+    maker: int | None = None  # the warp whose init the async proxy may not see yet
 
     def __post_init__(self) -> None:
         self.pending = self.count
@@ -49,6 +50,14 @@ class MBarrier:
         self.tx += nbytes
         if abs(self.tx) > MAX_TX:
             raise BarrierFault(f"{self.name}: tx-count {self.tx} is out of range")
+
+    def check_fenced(self, what: str) -> None:
+        """Raise if the async proxy would not see the init."""
+        if self.maker is not None:
+            raise BarrierFault(
+                f"{what} signals the {self.name}, whose init no fence.mbarrier_init (nor "
+                f"fence.proxy.async) of warp {self.maker} makes visible to it"
+            )
 
     def complete(self, nbytes: int) -> None:
         self.expect(-nbytes)

@@ -30,6 +30,7 @@ class Cta:
             self.race = RaceChecker(machine.num_warps, self.smem.size, machine.findings)
         self.shared_base = np.uint32(rank << RANK_SHIFT)
         self.mbarriers: dict[int, MBarrier] = {}
+        self.unfenced: list[MBarrier] = []  # that its warps initialised, and no fence followed
         self.named: dict[int, NamedBarrier] = {}
         self.local = np.zeros((machine.num_threads, machine.local_size), np.uint8)
         self.state: dict[str, Any] = {}  # of instruction classes: tensor memory, register pool, …

@@ -13,11 +13,13 @@ from .cards import Card
 from .cta import Cta
 from .gang import BLOCKED, Gang
 from .memory import GlobalMemory
+from .progress import ProgressWatch
 from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from ..ptx.program import Program
 
+LIVELOCK_BLOCKS = 2_000_000  # that may pass without a change that anyone could wait for
 RESIDENT_THREADS = 4096  # CTAs that run side by side before they have to wait for each other
 
 
@@ -54,6 +56,7 @@ class Machine:
         kinds = ("shared", "tmem", "tma")
         self.traffic = {kind: np.zeros(self.num_warps, np.int64) for kind in kinds}  # bytes
         self.times_blocked = np.zeros(self.num_warps, np.int64)
+        self.watch = ProgressWatch(self, LIVELOCK_BLOCKS)
         self.started = clock.perf_counter()
         self._check_launch()
 
@@ -109,7 +112,8 @@ class Machine:
                 if not self.gangs and not more:
                     break
                 if self.gangs and not (more and self._start_cluster(waiting)):
-                    raise self._deadlock()
+                    raise self.watch.livelock() if self.watch.stuck else self._deadlock()
+                self.watch.stuck = False
             while self.queue.run_one():
                 pass
 
@@ -134,8 +138,8 @@ class Machine:
         return True
 
     def _run_resident(self) -> None:
-        """Run until no gang can, whatever the operations in flight do."""
-        while True:
+        """Run until no gang can, whatever the operations in flight do, or none comes further."""
+        while not self.watch.stuck:
             ready = [gang for gang in self.gangs if gang.ready]
             if not ready:
                 if not self.queue.run_one():
@@ -146,9 +150,13 @@ class Machine:
             gang = self.scheduler.choose(ready)
             self._merge(gang, ready)
             try:
-                self._run_gang(gang)
+                used_up = self._run_gang(gang)
             except EmulationError as error:
                 raise error.at(self._where(gang)) from error
+            if used_up:  # others first, or who spins would keep them from ending its wait
+                self.gangs.remove(gang)
+                self.gangs.append(gang)
+                self.watch.look()
             if gang.done:
                 self.gangs.remove(gang)
                 self._end_cta(gang.cta)
@@ -170,7 +178,8 @@ class Machine:
                 gang.absorb(other, self.program.flow.blocks[gang.pc].live_in)
                 self.gangs.remove(other)
 
-    def _run_gang(self, gang: Gang) -> None:
+    def _run_gang(self, gang: Gang) -> bool:
+        """Run a gang for its time slice; True if it could go on."""
         program, counts = self.program, self.block_counts
         exit_ = program.flow.exit
         part = self.scheduler.splits(len(gang.warps)) if not gang.stack else None
@@ -180,7 +189,7 @@ class Machine:
             pc = gang.pc
             if pc == exit_:
                 gang.done, gang.ready = True, False
-                return
+                return False
             counts[pc] += len(gang.warps)
             self.warp_counts[pc, gang.warps] += 1
             try:
@@ -192,11 +201,10 @@ class Machine:
                 raise
             except (TypeError, AttributeError, ValueError) as error:
                 raise self._diagnose(gang, pc, error) from error
-            if following == BLOCKED:
-                if gang.ready:  # parted: the rest goes on later
-                    return
-                return
+            if following == BLOCKED:  # or parted: the rest goes on later
+                return False
             gang.arrive_at(following)
+        return True
 
     # ---- saying what went wrong ----
     def _diagnose(self, gang: Gang, pc: int, error: Exception) -> Exception:
@@ -207,18 +215,18 @@ class Machine:
             return UndefinedRead(f"registers that nothing wrote are read: {shown} ({error})")
         return error
 
-    def _line(self, pc: int) -> int:
+    def line_of(self, pc: int) -> int:
         blocks = self.program.flow.blocks
         return blocks[pc if pc < len(blocks) else -1].line
 
     def _where(self, gang: Gang) -> str:
-        line = self._line(gang.pc)
+        line = self.line_of(gang.pc)
         text = self.program.last_text(gang.pc)
         return f"{gang.name}, PTX line {line} and following{text}"
 
     def _deadlock(self) -> Deadlock:
         lines = [
-            f"  {gang.name} before PTX line {self._line(gang.pc)} waits for {gang.reason}"
+            f"  {gang.name} before PTX line {self.line_of(gang.pc)} waits for {gang.reason}"
             for gang in self.gangs
         ]
         bars = {bar.describe() for gang in self.gangs for bar, _ in gang.awaited}

@@ -40,6 +40,7 @@ class SharedMemory:
         self.strict = strict
         self.bytes = np.full(self.size, 255, np.uint8)
         self.shadow = np.full(self.size, UNWRITTEN, np.uint8)
+        self.stores = 0
 
     def check(self, offsets: np.ndarray, nbytes: int, align: int, what: str) -> None:
         """Raise unless each access of `nbytes` at `offsets` is aligned and inside."""
@@ -80,6 +81,7 @@ class SharedMemory:
         """Write (lanes, count) values."""
         nbytes = values.dtype.itemsize * values.shape[1]
         self.check(offsets, nbytes, nbytes, "a store")
+        self.stores += 1
         rows = offsets // nbytes
         self.bytes.view(values.dtype).reshape(-1, values.shape[1])[rows] = values
         self.shadow.reshape(-1, nbytes)[rows] = DEFINED
@@ -103,6 +105,7 @@ class GlobalMemory:
     def __init__(self, allocations: Allocations) -> None:
         self.allocations = allocations
         self.bytes = np.asarray(_WholeMemory())
+        self.stores = 0
 
     def check(self, addresses: np.ndarray, nbytes: int, align: int, what: str) -> None:
         if addresses.size == 0:
@@ -140,6 +143,7 @@ class GlobalMemory:
     def scatter(self, addresses: np.ndarray, values: np.ndarray) -> None:
         nbytes = values.dtype.itemsize * values.shape[1]
         self.check(addresses, nbytes, nbytes, "a store")
+        self.stores += 1
         rows = (addresses - np.uint64(_WholeMemory.BASE)) // np.uint64(nbytes)
         cut = len(self.bytes) // nbytes * nbytes
         table = self.bytes[:cut].view(values.dtype).reshape(-1, values.shape[1])

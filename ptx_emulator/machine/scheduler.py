@@ -28,7 +28,7 @@ class Scheduler:
 
     def quantum(self) -> int:
         """Basic blocks that a gang may run before another is considered."""
-        return 100_000 if self.seed == 0 else self.draw.choice((1, 2, 4, 8, 32, 128, 1024))
+        return 20_000 if self.seed == 0 else self.draw.choice((1, 2, 4, 8, 32, 128, 1024))
 
     def lets_async_run(self) -> bool:
         """Whether an operation in flight finishes now although gangs can run."""

@@ -56,6 +56,8 @@ def may_wait(instruction: Instruction) -> bool:
         return has("sync", "red") and not has("warp")
     if name == "tcgen05":
         return has("alloc")
+    if name == "setmaxnreg":
+        return has("inc")
     return name == "griddepcontrol" and has("wait")
 
 

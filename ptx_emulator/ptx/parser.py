@@ -4,6 +4,7 @@ Scopes ({ … }) may declare registers and labels of their own; both get unique 
 follows sees one flat kernel.
 """
 
+import math
 import re
 
 from ..words import words
@@ -23,6 +24,7 @@ from .syntax import (
     Vector,
 )
 
+REGISTERS_PER_SM = 65536
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 SPECIALS = frozenset(
     words(
@@ -74,10 +76,24 @@ def parse(text: str) -> dict[str, Kernel]:
         cluster = re.search(r"\.reqnctapercluster\s+([\d, ]+)", match.group(3))
         if cluster:
             kernel.required_cluster = tuple(int(x) for x in cluster.group(1).split(","))
+        kernel.max_registers = _register_limit(match.group(3))
         kernel.variables = list(shared)
         _Body(kernel, text[start:stop], text.count("\n", 0, start) + 1).parse()
         kernels[kernel.name] = kernel
     return kernels
+
+
+def _register_limit(directives: str) -> int:
+    """Registers a thread that ptxas may use so that the CTAs asked for fit an SM; 0: unknown."""
+    given = re.search(r"\.maxnreg\s+(\d+)", directives)
+    if given:
+        return int(given.group(1))
+    shape = re.search(r"\.(?:reqntid|maxntid)\s+([\d, ]+)", directives)
+    if not shape:
+        return 0
+    threads = math.prod(int(x) for x in shape.group(1).split(","))
+    ctas = re.search(r"\.minnctapersm\s+(\d+)", directives)
+    return REGISTERS_PER_SM // (threads * int(ctas.group(1) if ctas else 1)) // 8 * 8
 
 
 def _closing(text: str, start: int) -> int:

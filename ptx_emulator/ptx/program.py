@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.wgmma_fence import unfenced
 from ..findings import Unmodelled
 from ..machine.memory import RESERVED_SMEM
 from .emit import DTYPES, Emitter
@@ -51,6 +52,11 @@ class Program:
             self.param_offsets[param.name] = at
             at += -(-param.size // 128) * 128
         self.params_size = at
+
+    @functools.cached_property
+    def unfenced(self) -> dict[int, str]:
+        """By line: a register that a wgmma uses without the wgmma.fence that it needs."""
+        return unfenced(self.flow)
 
     def _undefined_registers(self) -> dict[int, Any]:
         """All ones, NaN, for each register that some way through the code reads before a write."""

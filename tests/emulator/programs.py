@@ -12,7 +12,7 @@ HEADER = """.version 8.7
 .visible .entry program(
 .param .u64 .ptr .align 16 program_param_0
 )
-{
+DIRECTIVES{
 .reg .pred %p<10>;
 .reg .b32 %r<60>;
 .reg .b64 %rd<60>;
@@ -30,7 +30,10 @@ def run(body: str, warps: int = 1, smem: int = 4096, schedule: int = 0, **option
     data = torch.zeros(256, dtype=torch.int32)
     launch = Launch(
         kernel="program",
-        ptx=HEADER + PROLOGUE + body + "\nret;\n}\n",
+        ptx=HEADER.replace("DIRECTIVES", options.pop("directives", ""))
+        + PROLOGUE
+        + body
+        + "\nret;\n}\n",
         grid=options.pop("grid", (1, 1, 1)),
         block=(32 * warps, 1, 1),
         cluster=options.pop("cluster", (1, 1, 1)),

@@ -18,6 +18,7 @@ from .programs import run
 INIT = """setp.ne.b32 %p1, %r2, 0;
 @%p1 bra $ready;
 mbarrier.init.shared.b64 [%r1], COUNT;
+fence.mbarrier_init.release.cluster;
 $ready:
 bar.sync 0;
 """
@@ -84,6 +85,11 @@ def load(label="", nbytes=128):
         ),
         ("mbarrier.arrive.shared.b64 %rd9, [%r1];", BarrierFault, "no mbarrier was initialised"),
         ("mbarrier.init.shared.b64 [%r1+4], 1;", BarrierFault, "mbarrier.init"),
+        (
+            init(1).replace("fence.mbarrier_init.release.cluster;", "") + load(),
+            BarrierFault,
+            "no fence.mbarrier_init",
+        ),
         ("bar.sync 0, 64;", Deadlock, "bar 0 (32 of 64 threads arrived)"),
         ("bar.sync 1, 48;", BarrierFault, "multiple of 32"),
         ("frobnicate.b32 %r9, %r2;", UnknownInstruction, "frobnicate"),
