@@ -16,6 +16,7 @@ from . import (  # noqa: F401
     registers,
     sync,
     tcgen05,
+    tcgen05_cp,
     tcgen05_mma,
     warp,
     wgmma,

@@ -5,6 +5,8 @@ are in flight until wait::st; a product issued before that is a race, and so is 
 cells that a product in flight writes, or reads.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
 from ..machine.tmem import Region, TensorMemory
 from ..ptx.emit import Emitter
-from ..ptx.syntax import Instruction
+from ..ptx.syntax import Imm, Instruction
 from .bulk_copy import at_lane, issuing
 from .matrix_load import warps_of
 from .memory import items_of, store_shared
@@ -85,21 +87,62 @@ def run_relinquish(g: Gang, mask: Any) -> None:
 
 
 # ---- ld and st ----
-def _plain_shape(e: Emitter, ins: Instruction) -> int:
-    """Registers of a 32x32b access: lane i of a warp has row i, one column a register."""
-    known = len(ins.mods) == 6 and ins.mods[3] == "32x32b" and ins.mods[4][0] == "x"
+@dataclass(frozen=True, eq=False)
+class Access:
+    """Which cell, from the address on, each register of each lane is: (registers, 32) arrays."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    height: int  # rows: 16 or 32
+    spans: tuple[tuple[int, int], ...]  # of columns
+    plain: bool = False
+
+
+@functools.cache
+def access(shape: str, count: int, split: int) -> Access:
+    """The cells of `count` registers in one of the PTX manual's data movement shapes."""
+    r, lane = np.arange(count)[:, None], np.arange(32)[None, :]
+    rows: Any = lane // 4
+    if shape == "32x32b":
+        return Access(lane + 0 * r, r + 0 * lane, 32, ((0, count),), True)
+    if shape == "16x32bx2":
+        spans = ((0, count), (split, split + count))
+        return Access(lane % 16 + 0 * r, r + split * (lane // 16), 16, spans)
+    if shape == "16x64b":
+        rows, columns = rows + 8 * (lane % 2), lane // 2 % 2 + 2 * r
+    elif shape == "16x128b":
+        rows, columns = rows + 8 * (r % 2), lane % 4 + 4 * (r // 2)
+    else:  # 16x256b: an accumulator of mma.sync for each 8 columns
+        rows, columns = rows + 8 * (r // 2 % 2), r % 2 + 2 * (lane % 4) + 8 * (r // 4)
+    return Access(rows + 0 * r, columns, 16, ((0, int(columns.max()) + 1),))
+
+
+_REGISTERS = {"32x32b": 1, "16x64b": 1, "16x128b": 2, "16x256b": 4, "16x32bx2": 1}
+
+
+def _access_of(e: Emitter, ins: Instruction, items: int, more: tuple[Any, ...]) -> str:
+    """The name of an ld's or st's Access; `more` are its operands behind address and values."""
+    shape = ins.mods[3] if len(ins.mods) > 3 else ""
+    known = len(ins.mods) == 6 and shape in _REGISTERS and ins.mods[4][0] == "x"
     if not known or ins.guard is not None:
         raise Unmodelled(e.text)
-    return int(ins.mods[4][1:])
+    split = 0
+    if shape == "16x32bx2":
+        offset = more[0] if more else None
+        if not isinstance(offset, Imm):
+            raise Unmodelled(e.text)
+        split = offset.value
+    if items != _REGISTERS[shape] * int(ins.mods[4][1:]):
+        raise Unmodelled(e.text)
+    return e.name_of(access(shape, items, split), "cells")
 
 
 @instruction("tcgen05.ld")
 def ld(e: Emitter, ins: Instruction) -> None:
-    count, items = _plain_shape(e, ins), items_of(ins.operands[0])
-    if len(items) != count:
-        raise Unmodelled(e.text)
+    items = items_of(ins.operands[0])
+    cells = _access_of(e, ins, len(items), ins.operands[2:])
     address = e.address(ins.operands[1], "u32")
-    e.put_each(items, e.call(load, "g", address, str(count), e.mask), "u32")
+    e.put_each(items, e.call(load, "g", address, cells, e.mask), "u32")
 
 
 @instruction("tcgen05.ld.red")
@@ -111,23 +154,35 @@ def ld_red(e: Emitter, ins: Instruction) -> None:
     if not known or ins.guard is not None or len(items) != int(number[1:]):
         raise Unmodelled(e.text)
     address = e.address(ins.operands[2], "u32")
-    whole = e.temp(e.call(load, "g", address, str(len(items)), e.mask))
+    cells = e.name_of(access(shape, len(items), 0), "cells")
+    whole = e.temp(e.call(load, "g", address, cells, e.mask))
     e.put_each(items, whole, "u32")
     e.put(ins.operands[1], f"np.f{operation[0]}.reduce({whole}.view(D_f32))", "f32")
 
 
 @instruction("tcgen05.st")
 def st(e: Emitter, ins: Instruction) -> None:
-    count, items = _plain_shape(e, ins), items_of(ins.operands[1])
-    if len(items) != count:
-        raise Unmodelled(e.text)
+    split = ins.has("16x32bx2")  # [address], offset, values
+    items = items_of(ins.operands[2 if split else 1])
+    cells = _access_of(e, ins, len(items), ins.operands[1:])
     address = e.address(ins.operands[0], "u32")
     values = ", ".join(e.get(item, "u32") for item in items)
-    e.line(e.call(store, "g", address, f"({values},)", e.mask))
+    e.line(e.call(store, "g", address, f"({values},)", cells, e.mask))
 
 
-def places(g: Gang, address: Any, count: int, mask: Any) -> list[tuple[int, slice, Region]]:
-    """(position of the warp, its lanes in the gang, region of tensor memory) of each warp."""
+@dataclass(frozen=True)
+class Place:
+    """Where a warp's access lies: its position, its lanes in the gang, the first cell."""
+
+    position: int
+    span: slice
+    column: int
+    low: int
+    regions: list[Region]
+
+
+def places(g: Gang, address: Any, cells: Access, mask: Any) -> list[Place]:
+    """The place of each warp."""
     found = []
     table = np.broadcast_to(address, g.lanes)
     for position in whole_warps(g, mask):
@@ -135,43 +190,55 @@ def places(g: Gang, address: Any, count: int, mask: Any) -> list[tuple[int, slic
         if (table[span] != table[span.start]).any():
             raise TmemFault("a tcgen05 access whose address differs between lanes of a warp")
         at, quarter = int(table[span.start]), 32 * int(g.warps[position] % 4)
-        if at >> 16 != quarter:
+        if at >> 16 not in (quarter, quarter + 32 - cells.height):
             raise TmemFault(
                 f"{g.name}: warp {int(g.warps[position])} may access lanes {quarter} .. "
-                f"{quarter + 31}, not from lane {at >> 16} on"
+                f"{quarter + 31}, not {cells.height} from lane {at >> 16} on"
             )
-        column = at & 0xFFFF
-        found.append((position, span, Region(column, column + count, quarter, quarter + 32)))
+        column, low = at & 0xFFFF, at >> 16
+        regions = [Region(column + a, column + b, low, low + cells.height) for a, b in cells.spans]
+        found.append(Place(position, span, column, low, regions))
     return found
 
 
-def load(g: Gang, address: Any, count: int, mask: Any) -> np.ndarray:
-    memory = tensor_memory(g.cta)
+def load(g: Gang, address: Any, cells: Access, mask: Any) -> np.ndarray:
+    memory, count = tensor_memory(g.cta), len(cells.rows)
     result = np.zeros((count, g.lanes), np.uint32)
-    for _, span, region in places(g, address, count, mask):
-        memory.check(region, False, "a tcgen05.ld")
-        lanes = slice(region.low, region.high)
-        result[:, span] = memory.data[region.first : region.last, lanes]
+    for place in places(g, address, cells, mask):
+        for region in place.regions:
+            memory.check(region, False, "a tcgen05.ld")
+        if cells.plain:
+            columns = slice(place.column, place.column + count)
+            result[:, place.span] = memory.data[columns, place.low : place.low + 32]
+        else:
+            index = place.column + cells.columns, place.low + cells.rows
+            result[:, place.span] = memory.data[index]
     return result
 
 
-def store(g: Gang, address: Any, values: tuple[Any, ...], mask: Any) -> None:
+def store(g: Gang, address: Any, values: tuple[Any, ...], cells: Access, mask: Any) -> None:
     memory = tensor_memory(g.cta)
-    targets = places(g, address, len(values), mask)
+    targets = places(g, address, cells, mask)
 
     def run() -> None:
         table = np.empty((len(values), g_lanes), np.uint32)
         for index, value in enumerate(values):
             table[index] = value
-        for _, span, region in targets:
-            memory.data[region.first : region.last, region.low : region.high] = table[:, span]
+        for place in targets:
+            if cells.plain:
+                columns = slice(place.column, place.column + len(values))
+                memory.data[columns, place.low : place.low + 32] = table[:, place.span]
+            else:
+                index = place.column + cells.columns, place.low + cells.rows
+                memory.data[index] = table[:, place.span]
 
     g_lanes = g.lanes
     op = AsyncOp("tcgen05.st", run, owner=g.cta)
-    for position, _, region in targets:
-        memory.check(region, True, "a tcgen05.st")
-        memory.fly(op, region, True)
-        memory.stores.setdefault(int(g.warps[position]), []).append(op)
+    for place in targets:
+        for region in place.regions:
+            memory.check(region, True, "a tcgen05.st")
+            memory.fly(op, region, True)
+        memory.stores.setdefault(int(g.warps[place.position]), []).append(op)
     if targets:
         g.cta.machine.queue.add(op)
 

@@ -14,7 +14,7 @@ HEADER = """.version 8.7
 )
 DIRECTIVES{
 .reg .pred %p<10>;
-.reg .b32 %r<60>;
+.reg .b32 %r<400>;
 .reg .b64 %rd<60>;
 """
 # %rd1: the tensor; %r1: shared memory; %r2: the thread; %r3: its warp
@@ -26,8 +26,14 @@ shr.u32 %r3, %r2, 5;
 
 
 def run(body: str, warps: int = 1, smem: int = 4096, schedule: int = 0, **options):
-    """Run `body` on one CTA of an sm_120a card with a tensor of 256 zeros; returns the tensor."""
-    data = torch.zeros(256, dtype=torch.int32)
+    """Run `body` on one CTA of an sm_120a card with a tensor of 256 zeros; returns the tensor.
+
+    Options: `arch`, `data` (another tensor), grid, cluster, directives, and those of a session.
+    """
+    data = options.pop("data", None)
+    if data is None:
+        data = torch.zeros(256, dtype=torch.int32)
+    arch = options.pop("arch", "sm_120a")
     launch = Launch(
         kernel="program",
         ptx=HEADER.replace("DIRECTIVES", options.pop("directives", ""))
@@ -43,7 +49,7 @@ def run(body: str, warps: int = 1, smem: int = 4096, schedule: int = 0, **option
         params=(data.data_ptr().to_bytes(8, "little"),),
         attributes=(),
     )
-    with ptx_emulator.session("sm_120a", schedule=schedule, strict=True, **options) as emulator:
+    with ptx_emulator.session(arch, schedule=schedule, strict=True, **options) as emulator:
         emulator.allocations.add_tensor(data)
         emulator.launch(launch)
     return data
