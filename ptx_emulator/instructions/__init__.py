@@ -8,6 +8,7 @@ from . import (  # noqa: F401
     float_arith,
     half_arith,
     integer,
+    launch_control,
     matrix_load,
     mbarrier,
     memory,

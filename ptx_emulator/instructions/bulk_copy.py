@@ -119,7 +119,7 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
             op = AsyncOp("TMA load", run, owner=place)
             count(g, int(lane), tensor.box_bytes)
             op.mark = note_load(g, int(lane), units)
-            g.cta.machine.queue.add(_told(op, g, signal))
+            g.cta.machine.queue.add(told(op, g, signal))
 
 
 def words_of(units: np.ndarray) -> np.ndarray:
@@ -143,7 +143,7 @@ def note_store(g: Gang, lane: int, units: np.ndarray) -> Copy | None:
     return g.cta.race.issue_read(warp, words_of(units), "a TMA store")
 
 
-def _told(op: AsyncOp, g: Gang, signal: MBarrier) -> AsyncOp:
+def told(op: AsyncOp, g: Gang, signal: MBarrier) -> AsyncOp:
     """The load with word to the race checker before its barrier counts it."""
     race, run = g.cta.race, op.run
     if race is None:
@@ -259,7 +259,7 @@ def issue_flat_load(g: Gang, operands: tuple[Any, ...], from_global: bool, mask:
         op = AsyncOp("bulk load", run, owner=cta)
         count(g, int(lane), nbytes)
         op.mark = note_load(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
-        g.cta.machine.queue.add(_told(op, g, g.cta.mbarrier(barrier)))
+        g.cta.machine.queue.add(told(op, g, g.cta.mbarrier(barrier)))
 
 
 def _flat_load(g: Gang, target: Any, source: Any, barrier: int) -> Any:

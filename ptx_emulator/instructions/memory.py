@@ -8,7 +8,7 @@ from ..check.races import active_warps, warps_of
 from ..findings import OutOfBounds, Unmodelled
 from ..machine.gang import Gang
 from ..machine.memory import DEFINED, LOCAL_BASE, PARAM_BASE, RANK_SHIFT, SHARED_BASE
-from ..ptx.emit import Emitter
+from ..ptx.emit import Emitter, Value
 from ..ptx.syntax import Address, Instruction, Operand, Reg, Symbol, Vector
 from .move import raw
 from .registry import instruction
@@ -31,8 +31,11 @@ def items_of(operand: Operand | None) -> list[Operand | None]:
 @instruction("ld", "ldu")
 def ld(e: Emitter, ins: Instruction) -> None:
     target, address = ins.operands[:2]
-    items = items_of(target)
-    kind, space = raw(ins.type), space_of(ins)
+    items, space = items_of(target), space_of(ins)
+    if ins.type == "b128":
+        _load_128(e, target, address, space)
+        return
+    kind = raw(ins.type)
     arguments = [f"D_{kind}", str(len(items))]
     assert isinstance(address, Address)
     if space == "param" and isinstance(address.base, Symbol):
@@ -52,6 +55,18 @@ def ld(e: Emitter, ins: Instruction) -> None:
         if isinstance(item, Reg) and item.type.endswith("32") and name[1:] == "16":
             value, name = f"({value}).astype(D_{name[0]}32)", f"{name[0]}32"
         e.put(item, value, name)
+
+
+def _load_128(e: Emitter, target: Operand | None, address: Any, space: str) -> None:
+    """A 16-byte load into one register, kept as its halves."""
+    if space != "shared":
+        raise Unmodelled(e.text)
+    where = e.address(address, "u32")
+    whole = e.temp(e.call(load_shared, "g", where, "D_u64", "2", e.mask))
+    value = Value()
+    low, high = (Value({"u64": e.temp(f"{whole}[{i}]")}) for i in (0, 1))
+    value.pair = (low, high)
+    e.put_value(target, value)
 
 
 @instruction("st")

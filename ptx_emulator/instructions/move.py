@@ -42,6 +42,8 @@ def mov(e: Emitter, ins: Instruction) -> None:
     target, source = ins.operands
     if isinstance(target, Vector):
         _unpack(e, target, source)
+    elif isinstance(source, Vector) and ins.type == "b128":
+        e.put_value(target, pair_of_64(e, source))
     elif isinstance(source, Vector):
         _pack(e, target, source)
     elif isinstance(source, Reg):
@@ -83,6 +85,13 @@ def _pack(e: Emitter, target: Any, source: Vector) -> None:
         shift = e.const(bits * index, f"u{whole_bits}")
         parts.append(f"({part}.astype(D_u{whole_bits}) << {shift})")
     e.put(target, " | ".join(parts), f"u{whole_bits}")
+
+
+def pair_of_64(e: Emitter, source: Vector) -> Value:
+    """A 128-bit value as its halves; it lives within a block only."""
+    value, (low, high) = Value(), source.items
+    value.pair = (Value({"u64": e.get(low, "u64")}), Value({"u64": e.get(high, "u64")}))
+    return value
 
 
 @instruction("selp")

@@ -229,8 +229,8 @@ def store(g: Gang, address: Any, values: tuple[Any, ...], cells: Access, mask: A
                 columns = slice(place.column, place.column + len(values))
                 memory.data[columns, place.low : place.low + 32] = table[:, place.span]
             else:
-                index = place.column + cells.columns, place.low + cells.rows
-                memory.data[index] = table[:, place.span]
+                where = place.column + cells.columns, place.low + cells.rows
+                memory.data[where] = table[:, place.span]
 
     g_lanes = g.lanes
     op = AsyncOp("tcgen05.st", run, owner=g.cta)

@@ -10,7 +10,7 @@ from ..findings import Deadlock, EmulationError, Findings, LaunchFault, Undefine
 from ..launch.host import Launch
 from .async_ops import AsyncQueue
 from .cards import Card
-from .cta import Cta
+from .cta import Cta, Dim3
 from .gang import BLOCKED, Gang
 from .memory import GlobalMemory
 from .progress import ProgressWatch
@@ -59,6 +59,7 @@ class Machine:
         self.watch = ProgressWatch(self, LIVELOCK_BLOCKS)
         self.started = clock.perf_counter()
         self._check_launch()
+        self.waiting = self.clusters()  # that have not started
 
     def _check_launch(self) -> None:
         launch, card = self.launch, self.card
@@ -102,16 +103,15 @@ class Machine:
 
     def run(self) -> None:
         """Execute the launch to its end."""
-        waiting = self.clusters()
         more = True
         with np.errstate(all="ignore"):
             while True:
                 while more and self._has_room():
-                    more = self._start_cluster(waiting)
+                    more = self._start_cluster()
                 self._run_resident()
                 if not self.gangs and not more:
                     break
-                if self.gangs and not (more and self._start_cluster(waiting)):
+                if self.gangs and not (more and self._start_cluster()):
                     raise self.watch.livelock() if self.watch.stuck else self._deadlock()
                 self.watch.stuck = False
             while self.queue.run_one():
@@ -122,8 +122,13 @@ class Machine:
         limit = RESIDENT_THREADS if self.scheduler.adversarial else 1
         return resident < limit
 
-    def _start_cluster(self, waiting: Iterator[list[tuple[int, int, int]]]) -> bool:
-        coordinates = next(waiting, None)
+    def cancel_cluster(self) -> Dim3 | None:
+        """Take the next cluster that has not started out of the launch; its first CTA."""
+        coordinates = next(self.waiting, None)
+        return None if coordinates is None else coordinates[0]
+
+    def _start_cluster(self) -> bool:
+        coordinates = next(self.waiting, None)
         if coordinates is None:
             return False
         peers: list[Cta] = []

@@ -307,6 +307,8 @@ class Emitter:
         for index in self.dirty:
             if index not in live:
                 continue
+            if self.program.dtypes[index] == "b128":
+                raise Unmodelled(f"a 128-bit register that outlives its block, {self.text}")
             name = self.view(self.values[index], self.program.dtypes[index])
             if self.masked:
                 name = self.call(select, "m", name, f"R[{index}]")

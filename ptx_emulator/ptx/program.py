@@ -190,5 +190,5 @@ def _canonical_dtypes(kernel: Kernel) -> list[str]:
         elif bits == "32" and total[root(reg.index)][True] > total[root(reg.index)][False]:
             kinds.append("f32")
         else:
-            kinds.append("u16" if bits == "8" else f"u{bits}")
+            kinds.append({"8": "u16", "128": "b128"}.get(bits, f"u{bits}"))
     return kinds
