@@ -23,3 +23,10 @@ def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
         ((columns, rows, 2), tiles_m, tiles_n // 2), stride=((column, row, n), m, 2 * n)
     )
     return cute.make_tensor(acc.iterator, layout)
+
+
+def tile_of(acc: cute.Tensor, m: int, n: int) -> cute.Tensor:
+    """View one m16n8 tile of an accumulator, as an accumulator ((2, 2), 1, 1)."""
+    column_and_row, _, _ = acc.layout.stride
+    layout = cute.make_layout(((2, 2), 1, 1), stride=(column_and_row, 0, 0))
+    return cute.make_tensor(acc[None, m, n].iterator, layout)

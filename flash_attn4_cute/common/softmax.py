@@ -61,16 +61,16 @@ class OnlineSoftmax:
                 acc_O_mn[r, None] = acc_O_mn[r, None].load() * factor
 
     @cute.jit
-    def exponentials(self, acc_S_mn: cute.Tensor):
-        """Turn some columns into p_j = 2^((s_j - m) c) in place; l <- l + sum_j p_j."""
-        for r in cutlass.range_constexpr(cute.size(self.row_max)):
+    def exponentials(self, acc_S_mn: cute.Tensor, first_row: Constexpr[int] = 0):
+        """Turn scores of rows `first_row` and on into p_j = 2^((s_j - m) c); l <- l + sum_j p_j."""
+        for r in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[0])):
             # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
-            m = self.row_max[r]
+            m = self.row_max[first_row + r]
             shift = 0.0 if m == -Float32.inf else m * self.scale_log2
             for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
                 p = cute.math.exp2(acc_S_mn[r, c] * self.scale_log2 - shift, fastmath=True)
                 acc_S_mn[r, c] = p
-                self.row_sum[r] = self.row_sum[r] + p
+                self.row_sum[first_row + r] = self.row_sum[first_row + r] + p
 
     @cute.jit
     def finish(
@@ -99,7 +99,7 @@ class OnlineSoftmax:
                 row_sum = row_sum * factor + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
             if const_expr(keep_scale is not None):
                 factor = factor * keep_scale
-            inverse = 0.0 if empty else factor / row_sum
+            inverse = 0.0 if empty else factor * cute.arch.rcp_approx(row_sum)
             acc_O_mn[r, None] = acc_O_mn[r, None].load() * inverse
             # ln l + m * scale, with scale = c ln 2
             lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E

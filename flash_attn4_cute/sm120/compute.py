@@ -15,7 +15,7 @@ from cutlass.cute.nvgpu import warp
 
 from ..arguments import ForwardArgs
 from ..common.dropout import Dropout
-from ..common.fragments import as_operand_a, rows_and_columns
+from ..common.fragments import as_operand_a, rows_and_columns, tile_of
 from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
@@ -106,10 +106,9 @@ class WarpMma:
     ):
         """acc_O += P V, P = exponentials of acc_S, V^T (d_v, block_n) read by `ldmatrix.trans`.
 
-        `corner` is the (row, key) of P's first element, for dropout.
-
-        The exponentials of one k16 step are issued before the products of the step before it, so
-        that the two units work at the same time.
+        `corner` is the (row, key) of P's first element, for dropout. The exponentials of one k16
+        step are issued among the products of the step before it, a tile at a time, so that the two
+        units work at the same time.
         """
         tiled_mma = self.tiled_mma()
         thr_mma = tiled_mma.get_slice(self.lane)
@@ -120,27 +119,44 @@ class WarpMma:
         rV = copy_V.retile(tOrV)
         pairs_V = cute.logical_divide(tOrV, (None, 2, None))
         pairs_O = cute.logical_divide(acc_O, (None, None, 2))
-        steps_S = cute.logical_divide(acc_S, (None, None, 2))
         rP = cute.make_fragment_like(acc_S, self.dtype)
         steps_P = cute.logical_divide(rP, (None, None, 2))
         num_pairs, num_steps = cute.size(rV, mode=[1]), cute.size(tOrV, mode=[2])
+        # The m16n8 tiles of one k16 step of P.
+        tiles = [(m, n) for n in range(2) for m in range(cute.size(acc_S, mode=[1]))]
         cute.copy(copy_V, tOsV[None, 0, 0], rV[None, 0, 0])
-        for step in cutlass.range_constexpr(num_steps + 1):
-            if const_expr(step < num_steps):
-                columns = steps_S[None, None, (None, step)]
-                softmax.exponentials(rows_and_columns(columns))
-                if const_expr(dropout.present):
-                    dropout.apply(rows_and_columns(columns), corner[0], corner[1] + 16 * step)
-                steps_P[None, None, (None, step)].store(columns.load().to(self.dtype))
-            if const_expr(step > 0):
-                k = step - 1
-                tOrP = as_operand_a(steps_P[None, None, (None, k)])[None, None, 0]
-                for j in cutlass.range_constexpr(num_pairs):
-                    if const_expr(k * num_pairs + j + 1 < num_steps * num_pairs):
-                        next_k, next_j = (k, j + 1) if j + 1 < num_pairs else (k + 1, 0)
-                        cute.copy(copy_V, tOsV[None, next_j, next_k], rV[None, next_j, next_k])
-                    acc = pairs_O[None, None, (None, j)]
-                    cute.gemm(tiled_mma, acc, tOrP, pairs_V[None, (None, j), k], acc)
+        for m, n in tiles:
+            self.probabilities(rP, acc_S, (m, n), softmax, dropout, corner)
+        for k in cutlass.range_constexpr(num_steps):
+            tOrP = as_operand_a(steps_P[None, None, (None, k)])[None, None, 0]
+            for j in cutlass.range_constexpr(num_pairs):
+                if const_expr(k * num_pairs + j + 1 < num_steps * num_pairs):
+                    next_k, next_j = (k, j + 1) if j + 1 < num_pairs else (k + 1, 0)
+                    cute.copy(copy_V, tOsV[None, next_j, next_k], rV[None, next_j, next_k])
+                acc = pairs_O[None, None, (None, j)]
+                cute.gemm(tiled_mma, acc, tOrP, pairs_V[None, (None, j), k], acc)
+                for i in cutlass.range_constexpr(len(tiles)):
+                    if const_expr(k + 1 < num_steps and i * num_pairs // len(tiles) == j):
+                        at = (tiles[i][0], tiles[i][1] + 2 * (k + 1))
+                        self.probabilities(rP, acc_S, at, softmax, dropout, corner)
+
+    @cute.jit
+    def probabilities(
+        self,
+        rP: cute.Tensor,
+        acc_S: cute.Tensor,
+        at: tuple,
+        softmax: OnlineSoftmax,
+        dropout: Dropout,
+        corner: tuple,
+    ):
+        """P of one m16n8 tile, the one `at` (m, n)."""
+        m, n = at
+        tile_S = tile_of(acc_S, m, n)
+        softmax.exponentials(rows_and_columns(tile_S), 2 * m)
+        if const_expr(dropout.present):
+            dropout.apply(rows_and_columns(tile_S), corner[0] + 16 * m, corner[1] + 8 * n)
+        tile_of(rP, m, n).store(tile_S.load().to(self.dtype))
 
 
 @cute.jit

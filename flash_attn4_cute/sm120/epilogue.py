@@ -13,15 +13,17 @@ from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
 from ..tiles import TileConfig
 
-QUAD = 4  # lanes that share a row of an accumulator, and 32-bit words of one 16-byte store
+QUAD = 4  # lanes that share a row of an accumulator
+PAIR = 2  # lanes that exchange words, and 32-bit words of one 8-byte store
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """Stores a warp's O rows 16 bytes a lane, without shared memory.
+    """Stores a warp's O rows 8 bytes a lane, without shared memory.
 
-    A lane of a quad holds two neighbouring columns of each n8 tile. The quad transposes four tiles
-    at a time, after which each lane holds all eight columns of one of them: 64 bytes a quad.
+    A lane of a quad holds two neighbouring columns of each n8 tile. Pairs of lanes exchange one
+    word of every two tiles, after which the even lane holds four columns of the first tile and the
+    odd lane four of the second: a quad stores whole sectors of 32 bytes.
     """
 
     cfg: Constexpr[TileConfig]
@@ -74,32 +76,27 @@ class Epilogue:
         rO = cute.make_fragment_like(acc_O, self.dtype)
         rO.store(acc_O.load().to(self.dtype))
         words = cute.recast_tensor(rO, Int32)  # ((1, 2), m, n): one word a row and n8 tile
-        member = self.lane % QUAD
-        num_chunks = cute.size(mO, mode=[1]) // 8
-        chunk = cute.make_rmem_tensor(QUAD, Int32)
+        odd = self.lane % PAIR
+        # In units of four columns: the even lanes of a quad take two of them of one n8 tile, the
+        # odd lanes two of the next.
+        column = self.lane % QUAD // PAIR + PAIR * odd
+        num_columns = cute.size(mO, mode=[1]) // (2 * PAIR)
+        tiles_n = cute.size(words, mode=[2])
+        row_words = cute.make_rmem_tensor(tiles_n, Int32)
         for m in cutlass.range_constexpr(cute.size(words, mode=[1])):
             for half in cutlass.range_constexpr(2):
+                for n in cutlass.range_constexpr(0, tiles_n, PAIR):
+                    first, second = words[(0, half), m, n], words[(0, half), m, n + 1]
+                    gets = cute.arch.shuffle_sync_bfly(second if odd == 0 else first, offset=1)
+                    row_words[n] = first if odd == 0 else gets
+                    row_words[n + 1] = gets if odd == 0 else second
                 local = self.lane // QUAD + 8 * half + 16 * m
-                for n in cutlass.range_constexpr(0, cute.size(words, mode=[2]), QUAD):
-                    for j in cutlass.range_constexpr(QUAD):
-                        chunk[j] = words[(0, half), m, n + j]
-                    transpose_quad(chunk, member)
-                    if local < num_rows and n + member < num_chunks:
-                        target = cute.local_tile(mO, (1, 8), (row + local, n + member))
-                        vector = cute.make_tensor(target.iterator, cute.make_layout(8))
-                        cute.autovec_copy(cute.recast_tensor(chunk, self.dtype), vector)
-
-
-@cute.jit
-def transpose_quad(words: cute.Tensor, member: Int32):
-    """Transpose the 4 x 4 matrix of which each lane of a quad holds a row of four words."""
-    for bit in cutlass.range_constexpr(2):
-        step = 1 << bit
-        upper = (member & step) != 0
-        for j in cutlass.range_constexpr(QUAD):
-            if const_expr(j & step == 0):
-                # The upper lane gives its word j for the lower lane's word j + step.
-                gives = words[j] if upper else words[j + step]
-                gets = cute.arch.shuffle_sync_bfly(gives, offset=step)
-                words[j] = gets if upper else words[j]
-                words[j + step] = words[j + step] if upper else gets
+                if local < num_rows:
+                    gO = mO[row + local, None]
+                    for n in cutlass.range_constexpr(0, tiles_n, PAIR):
+                        if column + PAIR * n < num_columns:
+                            target = cute.local_tile(gO, (2 * PAIR,), (column + PAIR * n,))
+                            source = cute.make_tensor(
+                                row_words.iterator + n, cute.make_layout(PAIR)
+                            )
+                            cute.autovec_copy(cute.recast_tensor(source, self.dtype), target)

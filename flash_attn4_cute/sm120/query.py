@@ -17,6 +17,7 @@ from ..common.seqlen import SeqlenInfo
 from ..tiles import WARP_SIZE, TileConfig
 
 CHUNK = 8  # elements of one 16-byte copy
+SWIZZLE_ROWS = 8  # rows after which the swizzle of shared memory repeats
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,20 @@ class QueryRows:
                 mQ = cute.domain_offset((seqlen.offset_q, 0), args.mQ[None, work.head, None])
             op = cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL)
             atom = cute.make_copy_atom(op, mQ.element_type, num_bits_per_copy=128)
-            per_row, num_chunks = cfg.head_dim // CHUNK, cute.size(mQ, mode=[1]) // CHUNK
-            for i in cutlass.range_constexpr(cfg.rows_per_warp * per_row // WARP_SIZE):
-                chunk = i * WARP_SIZE + lane
-                local, column = chunk // per_row, chunk % per_row
-                source_row = cutlass.min(row + local, seqlen.seqlen_q - 1)
-                if column < num_chunks:
+            # A lane keeps its column, so that its addresses differ by constants only.
+            per_row = cfg.head_dim // CHUNK
+            rows_at_once = WARP_SIZE // per_row
+            column = lane % per_row
+            if column < cute.size(mQ, mode=[1]) // CHUNK and lane < rows_at_once * per_row:
+                for i in cutlass.range_constexpr(0, cfg.rows_per_warp, rows_at_once):
+                    first = i // SWIZZLE_ROWS * SWIZZLE_ROWS
+                    local = lane // per_row + i - first
+                    source_row = cutlass.min(row + first + local, seqlen.seqlen_q - 1)
                     source = cute.local_tile(mQ, (1, CHUNK), (source_row, column))
-                    target = cute.local_tile(self.sQ, (1, CHUNK), (local, column))
+                    sQ = cute.local_tile(
+                        self.sQ, (SWIZZLE_ROWS, cfg.head_dim), (first // SWIZZLE_ROWS, 0)
+                    )
+                    target = cute.local_tile(sQ, (1, CHUNK), (local, column))
                     cute.copy(atom, as_vector(source), as_vector(target))
             cute.arch.cp_async_commit_group()
 
