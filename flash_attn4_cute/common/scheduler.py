@@ -26,12 +26,18 @@ class TileScheduler:
     """
 
     num_m_blocks: Int32
-    num_heads: Int32
-    num_batch: Int32
+    num_heads: cute.FastDivmodDivisorV2
+    num_batch: cute.FastDivmodDivisorV2
+
+    @staticmethod
+    def of(num_m_blocks: Int32, num_heads: Int32, num_batch: Int32) -> "TileScheduler":
+        """On the host, where the constants of fast divisions are worked out."""
+        divisor = cute.fast_divmod_create_divisor_v2
+        return TileScheduler(num_m_blocks, divisor(num_heads), divisor(num_batch))
 
     @cute.jit
     def num_tiles(self) -> Int32:
-        return self.num_m_blocks * self.num_heads * self.num_batch
+        return self.num_m_blocks * self.num_heads.divisor * self.num_batch.divisor
 
     @cute.jit
     def index(self, turn: Int32) -> Int32:
@@ -43,8 +49,6 @@ class TileScheduler:
     @cute.jit
     def tile(self, index: Int32) -> WorkTile:
         """The tile of rank `index` < num_tiles."""
-        head = index % self.num_heads
-        rest = index // self.num_heads
-        batch = rest % self.num_batch
-        m_block = self.num_m_blocks - 1 - rest // self.num_batch
-        return WorkTile(m_block, head, batch)
+        rest, head = divmod(index, self.num_heads)
+        round_of_heads, batch = divmod(rest, self.num_batch)
+        return WorkTile(self.num_m_blocks - 1 - round_of_heads, head, batch)

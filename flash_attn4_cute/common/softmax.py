@@ -40,25 +40,32 @@ class OnlineSoftmax:
 
     @cute.jit
     def update(self, acc_S_mn: cute.Tensor, acc_O_mn: cute.Tensor):
-        """Let m follow the scores of one block, and rescale l and O where m moved."""
+        """Let m follow the scores of one block, and rescale l and O where m moved.
+
+        A row's m moves if and only if one of its lanes has seen a score that is too far ahead, so
+        lanes compare first, and most blocks need no maximum over the lanes.
+        """
         num_rows = cute.size(self.row_max)
-        m_new = self._quad_max(acc_S_mn)
-        m_old = cute.make_fragment_like(self.row_max)
-        m_old.store(self.row_max.load())
-        rescale = False
+        lane_max = self._lane_max(acc_S_mn)
+        ahead = False
         for r in cutlass.range_constexpr(num_rows):
-            # -inf - -inf is NaN and compares false: a row without keys so far keeps m = -inf.
-            behind = (m_new[r] - m_old[r]) * self.scale_log2 > RESCALE_THRESHOLD
-            self.row_max[r] = m_new[r] if behind else m_old[r]
-            rescale = behind or rescale
-        if cute.arch.vote_any_sync(rescale):
+            ahead = self._is_ahead(lane_max[r], self.row_max[r]) or ahead
+        if cute.arch.vote_any_sync(ahead):
+            m_new = quad_max(lane_max)
             for r in cutlass.range_constexpr(num_rows):
-                m = self.row_max[r]
-                # A row that stays has m_old = m and the factor 2^0, exactly 1.
-                lag = 0.0 if m == m_old[r] else (m_old[r] - m) * self.scale_log2
+                m_old = self.row_max[r]
+                m = m_new[r] if self._is_ahead(m_new[r], m_old) else m_old
+                # A row that stays has the factor 2^0, exactly 1.
+                lag = 0.0 if m == m_old else (m_old - m) * self.scale_log2
                 factor = cute.math.exp2(lag, fastmath=True)
+                self.row_max[r] = m
                 self.row_sum[r] = self.row_sum[r] * factor
                 acc_O_mn[r, None] = acc_O_mn[r, None].load() * factor
+
+    @cute.jit
+    def _is_ahead(self, score: Float32, m: Float32):
+        # -inf - -inf is NaN and compares false: a row without keys so far keeps m = -inf.
+        return (score - m) * self.scale_log2 > RESCALE_THRESHOLD
 
     @cute.jit
     def exponentials(self, acc_S_mn: cute.Tensor, first_row: Constexpr[int] = 0):
@@ -105,21 +112,26 @@ class OnlineSoftmax:
             lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
 
     @cute.jit
-    def _quad_max(self, acc_S_mn: cute.Tensor) -> cute.Tensor:
-        """Maxima over the rows: this thread's columns, then the four threads that share a row.
+    def _lane_max(self, acc_S_mn: cute.Tensor) -> cute.Tensor:
+        """The larger of m and this lane's scores, row by row.
 
         Column by column, so that the rows' chains of dependent maxima overlap.
         """
-        row_max = cute.make_fragment_like(self.row_max)
-        row_max.store(self.row_max.load())
-        num_rows = cute.size(row_max)
+        lane_max = cute.make_fragment_like(self.row_max)
+        lane_max.store(self.row_max.load())
         for c in cutlass.range_constexpr(cute.size(acc_S_mn, mode=[1])):
-            for r in cutlass.range_constexpr(num_rows):
-                row_max[r] = cute.arch.fmax(row_max[r], acc_S_mn[r, c])
-        for offset in cutlass.range_constexpr(1, 3):
-            other = cute.make_fragment_like(row_max)
-            for r in cutlass.range_constexpr(num_rows):
-                other[r] = cute.arch.shuffle_sync_bfly(row_max[r], offset=offset)
-            for r in cutlass.range_constexpr(num_rows):
-                row_max[r] = cute.arch.fmax(row_max[r], other[r])
-        return row_max
+            for r in cutlass.range_constexpr(cute.size(lane_max)):
+                lane_max[r] = cute.arch.fmax(lane_max[r], acc_S_mn[r, c])
+        return lane_max
+
+
+@cute.jit
+def quad_max(lane_max: cute.Tensor) -> cute.Tensor:
+    """The largest value, row by row, of the four lanes that share the rows."""
+    row_max = cute.make_fragment_like(lane_max)
+    row_max.store(lane_max.load())
+    for offset in cutlass.range_constexpr(1, 3):
+        for r in cutlass.range_constexpr(cute.size(row_max)):
+            other = cute.arch.shuffle_sync_bfly(row_max[r], offset=offset)
+            row_max[r] = cute.arch.fmax(row_max[r], other)
+    return row_max

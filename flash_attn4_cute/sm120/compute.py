@@ -250,7 +250,7 @@ class ComputeRole:
             # With block lists, mask_mod decides in some blocks only, and `blocks` asks it.
             mask_mod = None if self.rule.block_sparse else self.rule.mask_mod
             steps = ScoreSteps.of(self.score, mask_mod, args, work, seqlen)
-            heads = self.scheduler.num_heads
+            heads = self.scheduler.num_heads.divisor
             dropout = Dropout.of(self.score.dropout, args, work, heads, lane)
             softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)

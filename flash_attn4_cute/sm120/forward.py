@@ -43,7 +43,7 @@ class ForwardSm120:
         num_batch = cute.size(args.mQ, mode=[0])
         if cutlass.const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
-        scheduler = TileScheduler(
+        scheduler = TileScheduler.of(
             Int32(cute.ceil_div(args.max_seqlen_q, cfg.block_m)),
             Int32(cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2])),
             Int32(num_batch),
@@ -107,7 +107,7 @@ class ForwardSm120:
         if warp >= cfg.num_compute_warps:
             cute.arch.setmaxregister_decrease(cfg.registers.load)
             if warp == cfg.load_warp:
-                heads_per_kv_head = scheduler.num_heads // cute.size(tma[0][1], mode=[2])
+                heads_per_kv_head = scheduler.num_heads.divisor // cute.size(tma[0][1], mode=[2])
                 LoadRole(
                     cfg,
                     self.rule,
