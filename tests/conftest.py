@@ -48,12 +48,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked gpu where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Skip what is marked gpu where there is none; else keep together what shares a kernel.
+
+    With `-n N --dist loadgroup` each kernel is then compiled by one process.
+    """
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not item.get_closest_marker("gpu"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if hasattr(case, "kernel_key"):
+            item.add_marker(pytest.mark.xdist_group(repr(case.kernel_key)))
 
 
 @pytest.fixture
