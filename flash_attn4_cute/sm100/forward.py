@@ -57,7 +57,7 @@ class ForwardSm100:
         num_batch = cute.size(args.mQ, mode=[0])
         if cutlass.const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
-        scheduler = TileScheduler(
+        scheduler = TileScheduler.of(
             Int32(cute.ceil_div(args.max_seqlen_q, cfg.block_m)),
             Int32(cute.size(mQ, mode=[2])),
             Int32(num_batch),
@@ -141,7 +141,7 @@ class ForwardSm100:
             rings,
             tail_barrier,
             queue,
-            queue.scheduler.num_heads // cute.size(tma[1][1], mode=[2]),
+            queue.scheduler.num_heads.divisor // cute.size(tma[1][1], mode=[2]),
         )
 
     def mma_role(self, sQ, sKV, rings: Rings, queue: WorkQueue) -> MmaRole:

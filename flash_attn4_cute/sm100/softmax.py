@@ -75,7 +75,7 @@ class SoftmaxRole:
                 full_lo, full_hi = work.mask.full_blocks(
                     row + warp_row, row + warp_row + WARP_SIZE, self.cfg.block_n
                 )
-                mask_mod, heads = self.queue.rule.mask_mod, self.queue.scheduler.num_heads
+                mask_mod, heads = self.queue.rule.mask_mod, self.queue.scheduler.num_heads.divisor
                 steps = ScoreSteps.of(self.score, mask_mod, args, work.tile, work.seqlen)
                 dropout = Dropout.of(self.score.dropout, args, work.tile, heads, thread)
                 m, total = -Float32.inf, Float32(0.0)
