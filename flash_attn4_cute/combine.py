@@ -5,8 +5,9 @@ With the results O_i and LSE_i of part i, and LSE = log sum_i exp(LSE_i),
     O = sum_i exp(LSE_i - LSE) O_i
 
 (Rabe and Staats 2021, section 2), summed in the order of the parts, so that a result repeats bit
-for bit. One warp merges one row. It reads LSE_i of all parts first, a part a lane, and then O_i up
-to the last part that has keys.
+for bit. After a decode launch four warps share a row, since rows are few and the time is that of a
+load from memory; else one warp merges it. A warp reads LSE_i of all parts first, a part a lane, and
+then its share of the O_i up to the last part that has keys.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .tiles import WARP_SIZE
 MAX_PARTS = 256
 LOAD_ELEMENTS = 4  # 16 bytes of float32 a lane
 WARPS = 4
-PARTS_IN_FLIGHT = 8
+BATCH = 8  # parts whose loads a lane issues together
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ class CombineKernel:
         self.head_dim, self.after_splits = head_dim, after_splits
 
     @property
+    def warps_per_row(self) -> int:
+        return WARPS if self.after_splits else 1
+
+    @property
+    def rows_per_cta(self) -> int:
+        return WARPS // self.warps_per_row
+
+    @property
     def vectors_per_lane(self) -> int:
         return -(-self.head_dim // (LOAD_ELEMENTS * WARP_SIZE))
 
@@ -105,7 +114,7 @@ class CombineKernel:
             num_batch = cute.size(mO, mode=[0])
         num_rows = args.max_seqlen_q * cute.size(mO, mode=[cute.rank(mO) - 2])
         self.kernel(args).launch(
-            grid=[Int32(cute.ceil_div(num_rows, WARPS)) * num_batch, 1, 1],
+            grid=[Int32(cute.ceil_div(num_rows, self.rows_per_cta)) * num_batch, 1, 1],
             block=[WARPS * WARP_SIZE, 1, 1],
             stream=stream,
             use_pdl=self.after_splits,
@@ -116,12 +125,15 @@ class CombineKernel:
         smem = cutlass.memory.SmemAllocator()
         weights = cute.make_layout((WARPS, MAX_PARTS), stride=(MAX_PARTS, 1))
         sWeights = smem.allocate_tensor(Float32, weights, 16)
+        columns = self.vectors_per_lane * WARP_SIZE * LOAD_ELEMENTS
+        totals = cute.make_layout((self.warps_per_row, columns), stride=(columns, 1))
+        sTotals = smem.allocate_tensor(Float32, totals, 16)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         index, _, _ = cute.arch.block_idx()
         num_heads = cute.size(args.mO, mode=[cute.rank(args.mO) - 2])
-        num_blocks = cute.ceil_div(args.max_seqlen_q * num_heads, WARPS)
+        num_blocks = cute.ceil_div(args.max_seqlen_q * num_heads, self.rows_per_cta)
         batch = index // num_blocks
-        row = index % num_blocks * WARPS + warp
+        row = index % num_blocks * self.rows_per_cta + warp // self.warps_per_row
         offset, seqlen = Int32(0), args.max_seqlen_q
         if const_expr(args.mCuSeqlensQ is not None or args.mSeqUsedQ is not None):
             offset, seqlen = extent(args.mO, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
@@ -129,12 +141,14 @@ class CombineKernel:
             cute.arch.griddepcontrol_wait()
         if row < seqlen * num_heads:
             token, head = offset + row // num_heads, row % num_heads
-            self.merge_row(args, (batch, token, head), sWeights[warp, None])
+            smem_of_row = (sWeights[warp, None], sTotals)
+            self.merge_row(args, (batch, token, head), smem_of_row, warp % self.warps_per_row)
 
     @cute.jit
-    def merge_row(self, args: CombineArgs, place, sWeights: cute.Tensor):
-        """One row: `place` is (batch, token in memory, head)."""
+    def merge_row(self, args: CombineArgs, place, smem, warp: Int32):
+        """One row: `place` is (batch, token in memory, head), `warp` one of those that share it."""
         batch, token, head = place
+        sWeights, sTotals = smem
         lane = cute.arch.lane_idx()
         if const_expr(cute.rank(args.mO) == 4):
             parts_O = args.mOPartial[None, batch, token, head, None]
@@ -148,13 +162,17 @@ class CombineKernel:
         if const_expr(args.mSink is not None):
             sink = self.load_logit(args.mSink, head)
         found = PartWeights.of(parts_LSE, sWeights, lane, sink)
-        # Two questions: one is answered at trace time, one at run time.
-        if const_expr(args.mLSE is not None):  # noqa: SIM102
-            if lane == 0:
-                self.store_lse(args.mLSE, place, found.lse)
-        for i in cutlass.range_constexpr(self.vectors_per_lane):
-            column = lane + WARP_SIZE * i
-            self.merge_columns(parts_O, mO, found, column)
+        total = cute.make_rmem_tensor((LOAD_ELEMENTS, self.vectors_per_lane), Float32)
+        total.fill(0.0)
+        self.add_parts(total, parts_O, found, warp)
+        if const_expr(self.warps_per_row > 1):
+            self.gather(total, sTotals, warp)
+        if warp == 0:
+            self.store(total, mO)
+            # Two questions: one is answered at trace time, one at run time.
+            if const_expr(args.mLSE is not None):  # noqa: SIM102
+                if lane == 0:
+                    self.store_lse(args.mLSE, place, found.lse)
 
     @cute.jit
     def load_logit(self, mSink: cute.Tensor, head: Int32) -> Float32:
@@ -169,26 +187,55 @@ class CombineKernel:
             mLSE[head, token] = lse
 
     @cute.jit
-    def merge_columns(
-        self, parts_O: cute.Tensor, mO: cute.Tensor, found: PartWeights, column: Int32
-    ):
-        """LOAD_ELEMENTS columns a lane, from `column` times as many on."""
-        inside = column < self.head_dim // LOAD_ELEMENTS
-        total = cute.make_rmem_tensor(LOAD_ELEMENTS, Float32)
-        total.fill(0.0)
-        # Lanes beyond the row read its first columns again: one path, loads issued ahead.
-        source_column = column if inside else 0
-        for part in cutlass.range(found.end, unroll=PARTS_IN_FLIGHT):
-            weight = found.sWeights[part]
-            value = cute.make_rmem_tensor(LOAD_ELEMENTS, parts_O.element_type)
-            source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (source_column,))
-            cute.autovec_copy(source, value)
-            # What a part without keys holds may be NaN.
-            for c in cutlass.range_constexpr(LOAD_ELEMENTS):
-                term = Float32(value[c]) * weight
-                total[c] = total[c] + (0.0 if weight == 0.0 else term)
-        if inside:
-            out = cute.make_fragment_like(total, mO.element_type)
-            out.store(total.load().to(mO.element_type))
-            target = cute.local_tile(mO, (LOAD_ELEMENTS,), (column,))
-            cute.autovec_copy(out, target)
+    def add_parts(self, total: cute.Tensor, parts_O: cute.Tensor, found: PartWeights, warp: Int32):
+        """total (elements, vectors) += this warp's parts of one row, BATCH loads at a time."""
+        lane = cute.arch.lane_idx()
+        # Parts and columns beyond the last are read as the last: one path, loads issued ahead.
+        last = self.head_dim // LOAD_ELEMENTS - 1
+        step = self.warps_per_row
+        for first in cutlass.range(warp, found.end, step * BATCH, unroll=1):
+            for i in cutlass.range_constexpr(self.vectors_per_lane):
+                column = cutlass.min(lane + WARP_SIZE * i, last)
+                values = cute.make_rmem_tensor((LOAD_ELEMENTS, BATCH), parts_O.element_type)
+                for j in cutlass.range_constexpr(BATCH):
+                    part = cutlass.min(first + step * j, found.end - 1)
+                    source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (column,))
+                    cute.autovec_copy(source, values[None, j])
+                for j in cutlass.range_constexpr(BATCH):
+                    part = first + step * j
+                    weight = found.sWeights[cutlass.min(part, found.end - 1)]
+                    weight = weight if part < found.end else 0.0
+                    # What a part without keys holds may be NaN.
+                    for c in cutlass.range_constexpr(LOAD_ELEMENTS):
+                        term = Float32(values[c, j]) * weight
+                        total[c, i] = total[c, i] + (0.0 if weight == 0.0 else term)
+
+    @cute.jit
+    def gather(self, total: cute.Tensor, sTotals: cute.Tensor, warp: Int32):
+        """Sum the warps' totals of one row in the order of the warps, for the first warp."""
+        lane = cute.arch.lane_idx()
+        for i in cutlass.range_constexpr(self.vectors_per_lane):
+            place = cute.local_tile(sTotals[warp, None], (LOAD_ELEMENTS,), (lane + WARP_SIZE * i,))
+            cute.autovec_copy(total[None, i], place)
+        cute.arch.sync_threads()
+        if warp == 0:
+            for i in cutlass.range_constexpr(self.vectors_per_lane):
+                for w in cutlass.range_constexpr(1, WARPS):
+                    other = cute.make_rmem_tensor(LOAD_ELEMENTS, Float32)
+                    place = cute.local_tile(
+                        sTotals[w, None], (LOAD_ELEMENTS,), (lane + WARP_SIZE * i,)
+                    )
+                    cute.autovec_copy(place, other)
+                    for c in cutlass.range_constexpr(LOAD_ELEMENTS):
+                        total[c, i] = total[c, i] + other[c]
+
+    @cute.jit
+    def store(self, total: cute.Tensor, mO: cute.Tensor):
+        lane = cute.arch.lane_idx()
+        for i in cutlass.range_constexpr(self.vectors_per_lane):
+            column = lane + WARP_SIZE * i
+            if column < self.head_dim // LOAD_ELEMENTS:
+                out = cute.make_rmem_tensor(LOAD_ELEMENTS, mO.element_type)
+                out.store(total[None, i].load().to(mO.element_type))
+                target = cute.local_tile(mO, (LOAD_ELEMENTS,), (column,))
+                cute.autovec_copy(out, target)

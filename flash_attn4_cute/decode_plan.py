@@ -77,12 +77,14 @@ MAX_PACKED_ROWS = 128
 def decodes(p: AttentionProblem) -> bool:
     """Whether the decode kernel answers `p`: few rows, or what no other kernel does.
 
-    num_splits=1 asks for results that do not depend on the number of queries, so for one kernel.
+    pack_gqa=False with num_splits=1 asks for results that do not depend on the number of queries:
+    there the forward kernel answers whatever it can.
     """
     if p.dropout_p or p.block_size is not None:
         return False
-    asked = p.num_splits > 1 or p.pack_gqa or p.has_kv_batch_idx or p.kv_layout is Layout.PAGED
-    return bool(asked) or (p.num_splits == 0 and packed_rows(p) <= MAX_PACKED_ROWS)
+    if p.num_splits > 1 or p.pack_gqa or p.kv_layout is Layout.PAGED:
+        return True
+    return p.pack_gqa is None and packed_rows(p) <= MAX_PACKED_ROWS
 
 
 def packed_rows(p: AttentionProblem) -> int:
@@ -98,7 +100,9 @@ def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, 
     num_splits = min(p.num_splits, MAX_SPLITS)
     if num_splits == 0:
         tiles = p.batch * p.num_heads_kv * -(-rows // cfg.rows)
-        num_splits = choose_splits(tiles, -(-p.seqlen_k // cfg.block_n), card.num_sms)
+        blocks = -(-p.seqlen_k // cfg.block_n)
+        even = p.kv_layout is Layout.DENSE and not p.has_seqused_k
+        num_splits = choose_splits(tiles, blocks, card.num_sms, even)
     key = DecodeKey(
         variant=card.variant,
         dtype=p.dtype,

@@ -86,16 +86,19 @@ class Case:
         if not self.decodes:
             return own
         box = None if self.page_size is None else math.gcd(self.page_size, 64)
-        rows = max(self.seqlens_q) * self.heads // self.heads_kv
-        return (*own, self.num_splits > 1, box, rows > 16)
+        return (*own, self.num_splits > 1, box, self.packed_rows > 16)
+
+    @property
+    def packed_rows(self) -> int:
+        """Query rows that share a key head in the longest sequence."""
+        return max(self.seqlens_q, default=0) * self.heads // self.heads_kv
 
     @property
     def decodes(self) -> bool:
         """Whether the GPU's decode kernel answers."""
-        few = max(self.seqlens_q, default=0) * self.heads // self.heads_kv <= 128
-        return (
-            self.num_splits > 1 or self.layout.startswith("paged") or (self.num_splits == 0 and few)
-        )
+        few = self.packed_rows <= 128
+        asked = self.num_splits > 1 or self.layout.startswith("paged")
+        return self.dropout_p == 0 and (asked or few)
 
     @property
     def has_steps(self) -> bool:

@@ -19,7 +19,8 @@ dropout_p: chance in [0, 1) that a probability is dropped. The mask is Philox4x3
 alibi_slopes: float32 (h,) or (b, h); adds -slope * |i + sk - sq - j| to the scores.
 deterministic: ask for bitwise repeatable gradients; results always are.
 num_splits: into how many parts to cut the keys, to be combined exactly; 0: the plan decides.
-pack_gqa: whether query heads that share a key head share a tile; None: the plan decides.
+pack_gqa: whether query heads that share a key head share a tile; None: the plan decides. False
+    with num_splits=1: a query's result has the same bits however many queries a call has.
 score_mod: score_mod(score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors) -> score, after scale
     and softcap, before alibi and mask; gets broadcastable tensors, indices count within the
     sequence. Has no gradient.
