@@ -18,7 +18,9 @@ def aligned(words: np.ndarray) -> np.ndarray:
     return copy
 
 
-def run(program: Program, schedule: int = 0) -> tuple[np.ndarray, bytes]:
+def run(
+    program: Program, schedule: int = 0, hardware_sums: bool = True
+) -> tuple[np.ndarray, bytes]:
     """What the program leaves in `target`, and its tensor map."""
     source, target = aligned(program.source), aligned(program.empty_target())
     addresses = [x.ctypes.data for x in (source, target)]
@@ -37,7 +39,7 @@ def run(program: Program, schedule: int = 0) -> tuple[np.ndarray, bytes]:
         params=(*(a.to_bytes(8, "little") for a in addresses), map_),
         attributes=(),
     )
-    with ptx_emulator.session(ARCH, schedule=schedule, hardware_sums=True) as emulator:
+    with ptx_emulator.session(ARCH, schedule=schedule, hardware_sums=hardware_sums) as emulator:
         for words in (source, target):
             emulator.allocations.add(words.ctypes.data, words.nbytes, words)
         emulator.launch(launch)
