@@ -288,12 +288,12 @@ def test_fakes_know_shapes_and_dtypes(fa4, call):
 
 
 def test_every_argument_has_one_place(fa4):
-    """Flattening and unflattening a call are inverse."""
+    """Flattening and unflattening a call are inverse. Block lists do not travel: refused before."""
     problem = fa4.flash_attn4_cute.problem
     numbers = itertools.count(1)
     q = torch.empty(0)
     names = problem.AttentionTensors.__slots__
-    tensors = {n: torch.tensor(next(numbers)) for n in names if n not in ("out", "lse")}
+    tensors = {n: torch.tensor(next(numbers)) for n in names if n not in ("out", "lse", "blocks")}
     tensors |= {"q": q, "k": q, "v": q, "aux_tensors": (q,)}
     options = problem.AttentionOptions(
         mask=problem.Custom(even, problem.Band(3, 4)),
