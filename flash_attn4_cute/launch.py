@@ -80,7 +80,7 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         problem.seqlen_q,
         plan.max_ctas,
         None if key.score == PLAIN else score_args(problem, tensors),
-        None if tensors.blocks is None else _block_args(problem, tensors.blocks, key.cfg),
+        None if tensors.blocks is None else _block_args(problem, tensors.blocks, key),
     )
     compiler.compiled(key)(args)
 
@@ -102,9 +102,11 @@ def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArg
     )
 
 
-def _block_args(problem: AttentionProblem, blocks: BlockSparse, cfg: TileConfig) -> BlockArgs:
+def _block_args(problem: AttentionProblem, blocks: BlockSparse, key: ForwardKey) -> BlockArgs:
     from .arguments import BlockArgs
 
+    cfg = key.cfg
+    assert isinstance(cfg, TileConfig), "no other kernel follows block lists"
     lengths = (problem.seqlen_q, problem.seqlen_k)
     rows, keys = blocks.block_size
     kinds = blocks.kinds(-(-problem.seqlen_k // keys))

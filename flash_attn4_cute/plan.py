@@ -126,7 +126,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
     if decodes(problem):
         decode_key, num_splits = decode_plan(problem, rule, card)
         return Plan(key=decode_key, num_splits=num_splits, **shared)
-    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v)
+    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v, rule.block_sparse)
     assert cfg is not None, "the last row holds every head dimension that is not refused"
     key = ForwardKey(
         variant=card.variant,
@@ -153,13 +153,16 @@ def forward_rows(variant: str) -> tuple[Any, ...]:
     return sm100_tiles.FORWARD_ROWS.get(variant, FORWARD_ROWS)
 
 
-def forward_row(variant: str, head_dim: int, head_dim_v: int) -> Any:
+def forward_row(
+    variant: str, head_dim: int, head_dim_v: int, block_sparse: bool = False
+) -> TileConfig | sm100_tiles.TileConfig | None:
     """The narrowest row whose tiles hold tensors of these head dimensions, or None.
 
-    Every card has mma.sync: its rows serve what the variant's own family has no tiles for.
+    Every card has mma.sync: its rows serve what the variant's own family has no tiles for, and
+    block lists, which no other kernel follows.
     """
-    rows = (*forward_rows(variant), *FORWARD_ROWS)
-    return next((row for row in rows if row.holds(head_dim, head_dim_v)), None)
+    own = () if block_sparse else forward_rows(variant)
+    return next((row for row in (*own, *FORWARD_ROWS) if row.holds(head_dim, head_dim_v)), None)
 
 
 def _refusals(p: AttentionProblem):
