@@ -49,6 +49,7 @@ SMALL = "--seqlen-q 33 --seqlen-k 150 --head-dim 64 --heads 2 --kv-heads 1"
         "--varlen --batch 3 --causal",
         "--page-size 64 --batch 3 --varlen",
         "--num-splits 2",
+        "--softcap 10 --sink",
         "--head-dim-v 72",
     ],
 )
