@@ -14,8 +14,9 @@ Columns of a clock, with W warps:
 
 What a TMA load wrote is known to those who know that phase of its mbarrier. A TMA store reads until
 `wait_group.read`. Stores that change nothing are not races: warps may write the same value.
-Arrivals whose origin is not tracked (of matrix products) count as if every warp had made them, so
-that they hide races rather than invent them. Clusters of more than one CTA are not checked.
+A tcgen05.commit or a cp.async's arrival brings what its warp knew when it was issued. Arrivals of
+unknown origin would count as if every warp had made them, so that they hide races and invent
+none. Clusters of more than one CTA are not checked.
 """
 
 from collections.abc import Iterable
@@ -37,8 +38,7 @@ class Copy:
 
     warps: Any
     words: Any
-    announced: bool = False  # an mbarrier tells of its end
-    over: bool = False  # its end was waited for; a later wait says nothing new
+    told: bool = False  # a wait or an arrival has told of its end
 
 
 @dataclass
@@ -192,13 +192,7 @@ class RaceChecker:
         return Copy(warps, words)
 
     def written_for(self, copy: Copy, barrier: Any) -> None:
-        """The copy is done and about to be counted by an mbarrier.
-
-        Each later arrival of cp.async counts it again; by then its words may be another's.
-        """
-        if copy.announced:
-            return
-        copy.announced = True
+        """The copy is done and about to be counted by an mbarrier."""
         words = copy.words.ravel()
         self.writer[words] = self.sync_of(barrier).column
         self.written[words] = barrier.phase + 1
@@ -220,8 +214,8 @@ class RaceChecker:
 
     def was_read(self, copy: Copy | None, warps: np.ndarray) -> None:
         """`warps` have waited until a store had read its source."""
-        if copy is not None and not copy.over and copy.warps in warps:
-            copy.over = True
+        if copy is not None and not copy.told and copy.warps in warps:
+            copy.told = True  # later waits cover it too, when its source may be read again
             self.reads[copy.warps, copy.words] = self.clock[copy.warps, copy.warps]
 
     # ---- saying what is wrong ----

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..check.races import warps_of, words_of
+from ..check.races import Copy, warps_of, words_of
 from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
 from ..machine.memory import DEFINED, IN_FLIGHT
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Imm, Instruction, Reg
-from .mbarrier import grouped, shared_address
+from .mbarrier import grouped, naming, shared_address
 from .memory import chosen, lanes_of
 from .registry import instruction
 
@@ -117,15 +117,24 @@ def run_arrive(g: Gang, address: Any, noinc: bool, mask: Any) -> None:
         barrier = g.cta.mbarrier(at)
         if not noinc:
             barrier.pending += lanes
-        run = _arrival(g, barrier, lanes, before)
+        if barrier.watch is not None:
+            barrier.watch.release(barrier, naming(g, address, at, mask), lanes)
+        run = _arrival(g, barrier, lanes, _untold(before))
         g.cta.machine.queue.add(AsyncOp("cp.async.mbarrier.arrive", run, before, owner=g.cta))
 
 
-def _arrival(g: Gang, barrier: Any, lanes: int, before: tuple[AsyncOp, ...]) -> Any:
+def _untold(copies: tuple[AsyncOp, ...]) -> list[Copy]:
+    """Copies that no earlier arrival tells of; by a later one their place may hold other data."""
+    marks = [op.mark for op in copies if op.mark is not None and not op.mark.told]
+    for mark in marks:
+        mark.told = True
+    return marks
+
+
+def _arrival(g: Gang, barrier: Any, lanes: int, told: list[Copy]) -> Any:
     def run() -> None:
-        if g.cta.race is not None:
-            for op in before:
-                g.cta.race.written_for(op.mark, barrier)
+        for mark in told:  # none without a race checker
+            barrier.watch.written_for(mark, barrier)
         barrier.arrive(lanes)
 
     return run

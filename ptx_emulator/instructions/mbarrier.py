@@ -114,9 +114,10 @@ def run_arrive(g: Gang, address: Any, count: Any, mask: Any) -> Any:
             barrier = g.cta.mbarrier(at)
             state = np.uint64(barrier.phase)
             number = lanes * uniform(g, count, mask, "an arrival's count")
+            warps = naming(g, address, at, mask)
             if barrier.watch is not None:
-                barrier.watch.release(barrier, naming(g, address, at, mask), number)
-            barrier.arrive(number)
+                barrier.watch.release(barrier, warps, number)
+            barrier.arrive(number, 32 if lanes == 32 * len(warps) else 1)
     return state
 
 

@@ -32,7 +32,8 @@ class MBarrier:
         """The parity of the phase that is going on."""
         return self.phase & 1
 
-    def arrive(self, number: int = 1) -> None:
+    def arrive(self, number: int = 1, at_once: int = 1) -> None:
+        """`number` arrivals; `at_once`: of so many lanes of a warp by one instruction."""
         if self.watch is not None:
             self.watch.arrived(self, number)
         while number > 0:
@@ -44,6 +45,11 @@ class MBarrier:
                 )
             self.pending -= step
             number -= step
+            if number % at_once and self.pending == 0 == self.tx:
+                raise BarrierFault(
+                    f"{self.name} with a count of {self.count}: phase {self.phase} ends with "
+                    f"{number % at_once} of the {at_once} lanes of a warp that arrive left over"
+                )
             self._end_phase()
 
     def expect(self, nbytes: int) -> None:

@@ -83,6 +83,11 @@ def load(label="", nbytes=128):
             BarrierFault,
             "more than its count of 31",
         ),
+        (
+            init(31) + "mbarrier.arrive.shared.b64 %rd9, [%r1];",
+            BarrierFault,
+            "1 of the 32 lanes",
+        ),
         ("mbarrier.arrive.shared.b64 %rd9, [%r1];", BarrierFault, "no mbarrier was initialised"),
         ("mbarrier.init.shared.b64 [%r1+4], 1;", BarrierFault, "mbarrier.init"),
         (
