@@ -99,7 +99,7 @@ class Session:
 
 @contextmanager
 def session(
-    arch: str,
+    arch: str | Card,
     schedule: int = 0,
     collect: bool = False,
     strict: bool = False,
@@ -110,7 +110,8 @@ def session(
     """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
 
     Args:
-        arch: which card; also what CuTe DSL compiles for if nothing else is said.
+        arch: which card, by its name or as one of another size; also what CuTe DSL compiles for if
+            nothing else is said.
         schedule: seed of all choices of order; 0 runs gangs as long as they can.
         collect: keep reportable findings in `findings` and go on, instead of raising.
         strict: a read of shared memory that nothing wrote is a fault, not a NaN.
@@ -120,7 +121,7 @@ def session(
             not in float64; slower.
     """
     host = bootstrap()
-    card = card_of(arch)
+    card = arch if isinstance(arch, Card) else card_of(arch)
     host.set_device(card.major, card.minor, card.num_sms)
     host.set_arch(card.arch)
     findings = Findings(collect, strict, races)

@@ -29,7 +29,7 @@ def kernels_on(
     compiler, launch, plan, append_plan, device = modules
     variant = emulator.card.arch.replace("sm_", "sm")
     capability = next(found for found, name in device.VARIANTS.items() if name == variant)
-    card = device.Card(emulator.card.arch, capability, NUM_SMS)
+    card = device.Card(emulator.card.arch, capability, min(NUM_SMS, emulator.card.num_sms))
     before = device.supported_card, compiler.compiled
 
     def compiled(key: Any) -> Callable[..., Any]:

@@ -134,6 +134,11 @@ class Program:
         exec(compile(source, name, "exec"), self.namespace)
         return self.namespace.pop("block")
 
+    def reached_lines(self) -> set[int]:
+        """Lines of the instructions in blocks that some launch has reached so far."""
+        blocks = {block for block, _ in self.sources}
+        return {ins.line for block in blocks for ins in self.flow.blocks[block].code}
+
     def last_text(self, block: int) -> str:
         """The first instruction of a block, for messages."""
         if block >= len(self.flow.blocks):
