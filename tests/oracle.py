@@ -249,15 +249,14 @@ def rotate(
     Pair number t is dimensions (2t, 2t + 1) when interleaved, else (t, t + r / 2):
         (a, b) -> (a cos - b sin, a sin + b cos)
     """
+    pair = torch.arange(cos.shape[1], device=x.device)
+    first = 2 * pair if interleaved else pair
+    second = first + 1 if interleaved else pair + len(pair)
+    at = torch.tensor(positions, dtype=torch.long, device=x.device)
+    c, d = (table[at].double()[:, None, :] for table in (cos, sin))
     out = x.double().clone()
-    half = cos.shape[1]
-    for s, position in enumerate(positions):
-        for t in range(half):
-            first, second = (2 * t, 2 * t + 1) if interleaved else (t, t + half)
-            a, b = x[s, :, first].double(), x[s, :, second].double()
-            c, d = cos[position, t].double(), sin[position, t].double()
-            out[s, :, first] = a * c - b * d
-            out[s, :, second] = a * d + b * c
+    a, b = out[..., first], out[..., second]
+    out[..., first], out[..., second] = a * c - b * d, a * d + b * c
     return out
 
 
