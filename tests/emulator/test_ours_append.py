@@ -17,8 +17,10 @@ from ..append_cases import (
     Cache,
     same_bits,
     same_but_for_one_rounding,
+    verify,
 )
 from ..oracle import Rule
+from .on_cards import card
 
 ARCHS = ("sm_90a", "sm_120a", "sm_121a")
 CORE = ("paged_halves", "dense_interleaved", "ragged", "indexed_plain", "odd_stride", "fp8")
@@ -119,3 +121,14 @@ def test_strides_beyond_32_bits(unaligned):
     cache.k = far
     append(how, cache, "sm_90a")
     same_but_for_one_rounding(far, expected_k)
+
+
+@pytest.mark.parametrize(
+    "name", ["paged_halves", "indexed_interleaved", "ragged", "ragged_dense", "band", "heads7"]
+)
+def test_append_then_attend(fa4, name):
+    """The public function: both launches, the second on what the first left behind."""
+    place = list(APPENDS).index(name)
+    with card(fa4, ARCHS[place % 3], schedule=place % 8) as emulator:
+        verify(fa4, APPENDS[name], "cpu")
+    assert len(emulator.runs) >= 2
