@@ -1,8 +1,11 @@
 """KernelKey -> compiled callable -> launch: what all kernels have in common on the host."""
 
 import functools
+import os
 import threading
 from typing import Any, Protocol
+
+from . import disk_cache
 
 
 class KernelKey(Protocol):
@@ -40,9 +43,29 @@ def load_cutlass():
 
 @functools.cache
 def compiled(key: KernelKey):
-    """The compiled kernel for `key`; compiles at the first request in the process."""
+    """The kernel for `key`: of this process, from the disk, or compiled now, in that order.
+
+    Raises:
+        ImportError: nvidia-cutlass-dsl is not installed.
+        RuntimeError: the kernel has to be compiled and FLASH_ATTN_4_JIT=0 forbids it.
+    """
+    load_cutlass()
     with _lock:
-        return compile_kernel(key)
+        found = disk_cache.load(key)
+        if found is None:
+            _check_jit(key)
+            found = compile_kernel(key)
+            disk_cache.store(key, found)
+        return found
+
+
+def _check_jit(key: KernelKey) -> None:
+    if os.environ.get("FLASH_ATTN_4_JIT", "1") == "0":
+        raise RuntimeError(
+            f"FLASH_ATTN_4_JIT=0 forbids compiling, and {disk_cache.folder() or 'no cache'} does "
+            f"not hold {key}. Run the call once with FLASH_ATTN_4_JIT=1 to fill the cache, or "
+            f"unset FLASH_ATTN_4_JIT"
+        )
 
 
 def compile_kernel(key: KernelKey):

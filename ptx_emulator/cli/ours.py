@@ -30,7 +30,7 @@ def kernels_on(
     variant = emulator.card.arch.replace("sm_", "sm")
     capability = next(found for found, name in device.VARIANTS.items() if name == variant)
     card = device.Card(emulator.card.arch, capability, min(NUM_SMS, emulator.card.num_sms))
-    before = device.supported_card, compiler.compiled
+    before = device.supported_card, compiler.compiled, compiler.disk_cache.folder
 
     def compiled(key: Any) -> Callable[..., Any]:
         function = before[1](key)
@@ -38,12 +38,14 @@ def kernels_on(
 
     plan.supported_card = append_plan.supported_card = lambda device: card
     compiler.compiled = compiled
+    # Compiled in this process: the emulator runs the PTX that compiling leaves behind.
+    compiler.disk_cache.folder = lambda: None
     plan.make_plan.cache_clear()
     try:
         yield launch.forward
     finally:
         plan.supported_card = append_plan.supported_card = before[0]
-        compiler.compiled = before[1]
+        compiler.compiled, compiler.disk_cache.folder = before[1:]
         plan.make_plan.cache_clear()
 
 
