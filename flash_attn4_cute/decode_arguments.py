@@ -17,7 +17,8 @@ class DecodeArgs(NamedTuple):
     `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d), (total_k, h_k, d) or
     (pages, page_size, h_k, d); `mLSE` (b, h, sq) or (h, total_q). With `mWorkspace`, float32 of
     `num_splits` times as many values as mO and mLSE have, keys are split.
-    The others are ForwardArgs'.
+    K and V of e4m3 come as d / 2 elements of Q's type, `mKDescale` and `mVDescale` (b, h_k) float32
+    are their factors. The others are ForwardArgs'.
     """
 
     mQ: cute.Tensor
@@ -33,6 +34,8 @@ class DecodeArgs(NamedTuple):
     mPageTable: cute.Tensor | None
     mKvRow: cute.Tensor | None
     mLeftPad: cute.Tensor | None
+    mKDescale: cute.Tensor | None
+    mVDescale: cute.Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32

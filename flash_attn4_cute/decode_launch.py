@@ -26,10 +26,13 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
     values = out.numel() + out.numel() // problem.head_dim_v
+    k, v = tensors.k, tensors.v
+    if problem.fp8_kv:
+        k, v = k.view(problem.dtype), v.view(problem.dtype)
     args = DecodeArgs(
         canonical(tensors.q),
-        canonical(tensors.k),
-        canonical(tensors.v),
+        canonical(k),
+        canonical(v),
         canonical(out),
         tensors.lse,
         new_workspace(plan.num_splits * values, out.device) if key.is_split else None,
@@ -40,6 +43,8 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
         tensors.page_table,
         tensors.kv_batch_idx,
         tensors.cache_leftpad,
+        tensors.k_descale,
+        tensors.v_descale,
         1.0 if key.score.scaled else max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
         plan.window_right,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .decode_tiles import DECODE_ROWS, DecodeConfig
+from .decode_tiles import DecodeConfig, decode_rows
 from .device import FAMILIES, Card
 from .problem import AttentionProblem, Layout
 from .rules import PLAIN, ScoreRule
@@ -35,6 +35,8 @@ class DecodeKey:
     has_kv_batch_idx: bool
     has_lse: bool
     has_leftpad: bool = False
+    has_k_descale: bool = False
+    has_v_descale: bool = False
     score: ScoreRule = PLAIN
 
     @property
@@ -82,7 +84,7 @@ def decodes(p: AttentionProblem) -> bool:
     """
     if p.dropout_p or p.block_size is not None:
         return False
-    if p.num_splits > 1 or p.pack_gqa or p.kv_layout is Layout.PAGED:
+    if p.num_splits > 1 or p.pack_gqa or p.kv_layout is Layout.PAGED or p.fp8_kv:
         return True
     return p.pack_gqa is None and packed_rows(p) <= MAX_PACKED_ROWS
 
@@ -119,6 +121,8 @@ def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, 
         has_kv_batch_idx=p.has_kv_batch_idx,
         has_lse=p.return_lse,
         has_leftpad=p.has_cache_leftpad,
+        has_k_descale=p.has_k_descale,
+        has_v_descale=p.has_v_descale,
         score=ScoreRule.of(p),
     )
     return key, num_splits
@@ -129,9 +133,10 @@ def choose_config(p: AttentionProblem) -> DecodeConfig:
     odd_box = p.page_size is not None and p.page_size % 2 == 1
     configs = next(
         configs
-        for width, configs in DECODE_ROWS.items()
+        for width, configs in decode_rows(1 if p.fp8_kv else 2).items()
         # Rows of 64 bytes begin at a multiple of 128 only every second time: see common.kv.
-        if width >= max(p.head_dim, p.head_dim_v) and not (odd_box and width % 64)
+        if width >= max(p.head_dim, p.head_dim_v)
+        and not (odd_box and configs[0].swizzle_elements < 64)
     )
     return next((cfg for cfg in configs if cfg.rows >= packed_rows(p)), configs[-1])
 

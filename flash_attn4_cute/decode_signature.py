@@ -7,7 +7,7 @@ from .combine import CombineKernel
 from .decode_arguments import CombineArgs, DecodeArgs
 from .decode_plan import CombineKey, DecodeKey
 from .problem import Layout
-from .signature import NUMERIC, rows, score_args, values
+from .signature import NUMERIC, rows, score_args, values, vectors
 from .sm120.decode import DecodeSm120
 
 DECODE = {"sm120": DecodeSm120}
@@ -28,8 +28,8 @@ def trace_decode(key: DecodeKey) -> tuple:
     per_sequence, starts = (cute.sym_int(),), (cute.sym_int(),)
     args = DecodeArgs(
         mQ=rows(dtype, q_shape),
-        mK=rows(dtype, (*kv_lead, heads_kv, d)),
-        mV=rows(dtype, (*kv_lead, heads_kv, d_v)),
+        mK=rows(dtype, (*kv_lead, heads_kv, d * key.cfg.kv_bytes // 2)),
+        mV=rows(dtype, (*kv_lead, heads_kv, d_v * key.cfg.kv_bytes // 2)),
         mO=rows(dtype, (*q_shape[:-1], d_v)),
         mLSE=values(Float32, lse_shape, key.has_lse),
         mWorkspace=rows(Float32, (cute.sym_int64(),), key.is_split),
@@ -42,6 +42,8 @@ def trace_decode(key: DecodeKey) -> tuple:
         ),
         mKvRow=values(Int32, per_sequence, key.has_kv_batch_idx),
         mLeftPad=values(Int32, per_sequence, key.has_leftpad),
+        mKDescale=vectors(Float32, (batch, heads_kv), 1) if key.has_k_descale else None,
+        mVDescale=vectors(Float32, (batch, heads_kv), 1) if key.has_v_descale else None,
         softmax_scale=Float32(1.0),
         window_left=Int32(0),
         window_right=Int32(0),

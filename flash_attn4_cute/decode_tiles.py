@@ -1,6 +1,6 @@
 """Tile configurations of the decode kernel, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .tiles import BARRIER_BYTES, SMEM_LIMIT_SM120, WARP_SIZE
 
@@ -25,6 +25,7 @@ class DecodeConfig:
     kv_stages: int
     ctas_per_sm: int
     num_compute_warps: int = 4
+    kv_bytes: int = 2  # of one value of K or V; 1 is e4m3
     stack_bytes: int = 0
 
     @property
@@ -41,12 +42,17 @@ class DecodeConfig:
 
     @property
     def swizzle_elements(self) -> int:
-        """Columns of one swizzle atom of a 16-bit type: the widest of 64, 32, 16 that divides d."""
-        return next(n for n in (64, 32, 16) if self.head_dim % n == 0)
+        """Columns of one swizzle atom of 16-bit elements: the widest of 64, 32, 16 that fits."""
+        return next(n for n in (64, 32, 16) if self.kv_columns % n == 0)
+
+    @property
+    def kv_columns(self) -> int:
+        """16-bit elements of a row of K or V: two values of e4m3 are one."""
+        return self.head_dim * self.kv_bytes // 2
 
     @property
     def ring_bytes(self) -> int:
-        return 2 * self.head_dim * self.block_n * self.kv_stages
+        return 2 * self.kv_columns * self.block_n * self.kv_stages
 
     @property
     def staging_bytes(self) -> int:
@@ -72,6 +78,29 @@ def _row(head_dim: int, rows: int, kv_stages: int, ctas_per_sm: int) -> DecodeCo
     return DecodeConfig(
         head_dim=head_dim, rows=rows, block_n=64, kv_stages=kv_stages, ctas_per_sm=ctas_per_sm
     )
+
+
+def decode_rows(kv_bytes: int) -> dict[int, tuple[DecodeConfig, ...]]:
+    """The table for values of so many bytes: e4m3 has slots of half the bytes, twice as many.
+
+    Widening takes registers: with 32 rows of 128 columns, ptxas spills up to 24 bytes.
+    """
+    if kv_bytes == 2:
+        return DECODE_ROWS
+    spilled = {(128, 32): 24}
+    return {
+        head_dim: tuple(
+            replace(
+                cfg,
+                kv_bytes=1,
+                kv_stages=2 * cfg.kv_stages,
+                stack_bytes=spilled.get((cfg.head_dim, cfg.rows), 0),
+            )
+            for cfg in configs
+        )
+        for head_dim, configs in DECODE_ROWS.items()
+        if head_dim % 64 == 0
+    }
 
 
 # By head dimension, which serves smaller ones too: the configurations, fewest rows first. As many

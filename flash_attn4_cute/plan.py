@@ -171,8 +171,8 @@ def _refusals(p: AttentionProblem):
     on_cpu = "or pass CPU tensors"
     if p.dtype not in (torch.float16, torch.bfloat16):
         yield _refuse("dtype", p.dtype, "the GPU kernels take float16 and bfloat16", "cast q, k, v")
-    if p.fp8_kv:
-        rule = "the GPU kernels do not read fp8 yet"
+    if p.fp8_kv and (p.head_dim % 16 or p.head_dim_v % 16 or not decodes(p)):
+        rule = "the GPU reads fp8 with head dimensions that are multiples of 16, without dropout"
         yield _refuse("k.dtype, v.dtype", FP8, rule, f"convert them to q's dtype, {on_cpu}")
     for name, dim in (("head_dim", p.head_dim), ("head_dim_v", p.head_dim_v)):
         if dim % 8 or dim > MAX_HEAD_DIM:

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import torch
 
 from flash_attn4_cute.decode_plan import DecodeKey
-from flash_attn4_cute.decode_tiles import DECODE_ROWS
+from flash_attn4_cute.decode_tiles import decode_rows
 from flash_attn4_cute.plan import ForwardKey, forward_rows
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.rules import BandRule
@@ -60,7 +60,7 @@ def keys(variant: str) -> dict[str, ForwardKey]:
 
 
 def decode_keys(variant: str) -> dict[str, DecodeKey]:
-    """A key a row: pages, split keys and both bounds; and the least, for the first row."""
+    """A key a row, fp8's too: pages, split keys and both bounds; the least, for the first row."""
     most = {
         "dtype": torch.bfloat16, "rule": BandRule(True, True), "q_layout": Layout.VARLEN,
         "kv_layout": Layout.PAGED, "box_n": 16, "is_split": True, "has_seqused_q": True,
@@ -71,11 +71,11 @@ def decode_keys(variant: str) -> dict[str, DecodeKey]:
         "kv_layout": Layout.DENSE, "box_n": None,
     }  # fmt: skip
     found = {}
-    for configs in DECODE_ROWS.values():
+    for configs in (*decode_rows(2).values(), *decode_rows(1).values()):
         for cfg in configs:
             for name, choice in (("most", most), ("least", least))[: 1 + (not found)]:
                 d = cfg.head_dim
-                found[f"{variant}_d{d}_{cfg.rows}_{name}"] = DecodeKey(
+                found[f"{variant}_d{d}_{cfg.rows}_{cfg.kv_bytes}_{name}"] = DecodeKey(
                     variant=variant, cfg=cfg, head_dim=d, head_dim_v=d, **choice
                 )
     return found

@@ -27,6 +27,7 @@ from ..common.softmax import OnlineSoftmax
 from ..decode_arguments import CombineArgs, DecodeArgs
 from ..decode_tiles import STAGING_PAD, DecodeConfig
 from .decode_compute import DecodeComputeRole, SliceMma
+from .decode_fp8 import Fp8SliceMma
 from .decode_load import DecodeLoadRole
 from .decode_merge import WarpMerge
 from .decode_work import DecodeGrid, DecodeWork
@@ -51,7 +52,7 @@ class DecodeSm120:
         cfg.check()
         self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
         self.tile = KvTile(
-            dtype, cfg.block_n, cfg.head_dim, cfg.swizzle_elements, box_n or cfg.block_n
+            dtype, cfg.block_n, cfg.kv_columns, cfg.swizzle_elements, box_n or cfg.block_n
         )
 
     @cute.jit
@@ -135,11 +136,19 @@ class DecodeSm120:
             DecodeLoadRole(k, v, producer, work).run()
         else:
             guard_v = args.mCuSeqlensK is not None or args.mSeqUsedK is not None
-            acc_O = SliceMma(cfg, self.dtype, cute.arch.lane_idx()).accumulator(cfg.head_dim)
+            products = Fp8SliceMma if cfg.kv_bytes == 1 else SliceMma
+            mma = products(cfg, self.dtype, cute.arch.lane_idx())
+            acc_O = mma.accumulator(cfg.head_dim)
             num_rows = cute.size(rows_and_columns(acc_O), mode=[0])
-            softmax = OnlineSoftmax.start(args.softmax_scale, num_rows)
+            scale, factor = args.softmax_scale, None
+            if const_expr(args.mKDescale is not None):
+                # Steps that are not linear need the dot products themselves.
+                factor = args.mKDescale[work.batch, work.kv_head]
+                if const_expr(not self.score.scaled):
+                    scale, factor = scale * factor, None
+            softmax = OnlineSoftmax.start(scale, num_rows)
             DecodeComputeRole(
-                cfg, self.rule, self.score, self.dtype, guard_v, sKV, consumer, work
+                cfg, self.rule, self.score, self.dtype, guard_v, mma, factor, sKV, consumer, work
             ).run(args, acc_O, softmax)
             staged = cute.make_tensor(
                 cute.recast_ptr(sKV.iterator, dtype=Float32), self.staging_layout()

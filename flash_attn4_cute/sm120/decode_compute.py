@@ -45,6 +45,10 @@ class SliceMma:
         shape = self.tiled_mma().partition_shape_A((self.cfg.rows, self.cfg.head_dim))
         return cute.make_rmem_tensor(shape, self.dtype)
 
+    def query_pair(self, k: int, side: int):
+        """Which pair of columns of Q stands at `side` of k16 step k."""
+        return 8 * k + self.lane % 4 + 4 * side
+
     def score_coordinates(self) -> cute.Tensor:
         """(row, column) inside the slice of every score of the lane, as (rows, columns)."""
         cS = cute.make_identity_tensor((self.cfg.rows, self.cfg.keys_per_warp))
@@ -58,7 +62,6 @@ class SliceMma:
         else:
             mQ = args.mQ
         tSrQ.fill(0.0)
-        column = self.lane % 4
         for m in cutlass.range_constexpr(cute.size(tSrQ, mode=[1])):
             for half in cutlass.range_constexpr(2):
                 local = self.lane // 4 + ROWS_APART * half + M_ATOM * m
@@ -70,7 +73,7 @@ class SliceMma:
                     for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
                         for side in cutlass.range_constexpr(2):
                             if const_expr(16 * k + 8 * side < cute.size(gQ)):
-                                source = cute.local_tile(gQ, (2,), (column + 4 * side + 8 * k,))
+                                source = cute.local_tile(gQ, (2,), (self.query_pair(k, side),))
                                 cute.autovec_copy(source, tSrQ[(None, half, side), m, k])
 
     @cute.jit
@@ -178,13 +181,18 @@ class RowSteps:
 
 @dataclass(frozen=True)
 class DecodeComputeRole:
-    """Consumes the ring; leaves this warp's O, maxima and sums unmerged in registers."""
+    """Consumes the ring; leaves this warp's O, maxima and sums unmerged in registers.
+
+    `mma` makes the products. `factor` multiplies dot products before the steps, or is None.
+    """
 
     cfg: Constexpr[DecodeConfig]
     rule: Constexpr[Any]
     score: Constexpr[Any]
     dtype: Constexpr[type[cutlass.Numeric]]
     guard_v: Constexpr[bool]  # rows past seqlen_k may hold anything: TMA did not zero them
+    mma: SliceMma
+    factor: Any
     sKV: cute.Tensor
     kv_ring: Any
     work: DecodeWork
@@ -195,7 +203,7 @@ class DecodeComputeRole:
         cfg, work, kv_ring = self.cfg, self.work, self.kv_ring
         lane = cute.arch.lane_idx()
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        mma = SliceMma(cfg, self.dtype, lane)
+        mma = self.mma
         acc_S = mma.accumulator(cfg.keys_per_warp)
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
         tSrQ = mma.query()
@@ -210,6 +218,8 @@ class DecodeComputeRole:
             slot = kv_ring.wait_and_advance()
             mma.scores(acc_S, tSrQ, self.slice(slot.index, warp_index))
             slot.release()
+            if const_expr(self.factor is not None):
+                acc_S.store(acc_S.load() * self.factor)
             if const_expr(steps.any):
                 steps.apply(acc_S_mn, mma.score_coordinates(), key)
             if block < work.full_lo or block >= work.full_hi:
@@ -230,5 +240,5 @@ class DecodeComputeRole:
     @cute.jit
     def slice(self, slot: Int32, warp_index: Int32) -> cute.Tensor:
         """This warp's keys of one slot, (keys, d)."""
-        shape = (self.cfg.keys_per_warp, self.cfg.head_dim)
+        shape = (self.cfg.keys_per_warp, self.cfg.kv_columns)
         return cute.local_tile(self.sKV[None, None, slot], shape, (warp_index, 0))

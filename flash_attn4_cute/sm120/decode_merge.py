@@ -70,11 +70,18 @@ class WarpMerge:
             if lane % 4 == 0:
                 self.sMax[warp, row] = softmax.row_max[r]
                 self.sSum[warp, row] = row_sum
-            for pair in cutlass.range_constexpr(cute.size(acc_O_mn, mode=[1]) // 2):
-                target = cute.local_tile(self.sO[warp, row, None], (2,), (lane % 4 + 4 * pair,))
-                source = cute.make_rmem_tensor(2, Float32)
-                source[0], source[1] = acc_O_mn[r, 2 * pair], acc_O_mn[r, 2 * pair + 1]
-                cute.autovec_copy(source, target)
+            # Where each of the thread's columns stands among its neighbours: decode_fp8 splits the
+            # even ones from the odd ones.
+            order = (0, 2, 1, 3) if self.cfg.kv_bytes == 1 else (0, 1)
+            width = len(order)
+            for group in cutlass.range_constexpr(cute.size(acc_O_mn, mode=[1]) // width):
+                source = cute.make_rmem_tensor(width, Float32)
+                for i in cutlass.range_constexpr(width):
+                    source[i] = acc_O_mn[r, width * group + order[i]]
+                place = (lane % 4 + 4 * group,)
+                cute.autovec_copy(
+                    source, cute.local_tile(self.sO[warp, row, None], (width,), place)
+                )
 
     @cute.jit
     def _weights(self, args: DecodeArgs, row: Int32, scale_log2: Float32):
@@ -98,6 +105,8 @@ class WarpMerge:
             with_sink = total + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
             total = 0.0 if largest == -Float32.inf else with_sink
         inverse = 0.0 if total == 0.0 else 1.0 / total
+        if const_expr(args.mVDescale is not None):
+            inverse = inverse * args.mVDescale[self.work.batch, self.work.kv_head]
         for w in cutlass.range_constexpr(num_warps):
             weights[w] = weights[w] * inverse
         return weights, m_log2, total
