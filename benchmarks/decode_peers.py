@@ -19,7 +19,7 @@ MIN_CALLS = 8  # in one graph
 
 @dataclass(frozen=True)
 class DecodeProblem:
-    """One step: b sequences of one query token against kv keys each, bf16.
+    """One step: b sequences of one query token against kv keys each, bf16; `fp8` keys are e4m3.
 
     `page_size` None is a dense cache. `num_splits` is for ours; 0 lets the plan decide.
     """
@@ -31,17 +31,19 @@ class DecodeProblem:
     head_dim: int = 128
     page_size: int | None = None
     num_splits: int = 0
+    fp8: bool = False
 
     def __str__(self) -> str:
         pages = f" page {self.page_size}" if self.page_size else ""
         splits = f" splits {self.num_splits}" if self.num_splits else ""
+        splits += " fp8" if self.fp8 else ""
         heads = f"h{self.heads}/{self.heads_kv} d{self.head_dim}"
         return f"b{self.batch} kv{self.kv} {heads}{pages}{splits}"
 
     @property
     def bytes(self) -> int:
         """Of K and V, each read once."""
-        return 2 * 2 * self.batch * self.kv * self.heads_kv * self.head_dim
+        return 2 * (1 if self.fp8 else 2) * self.batch * self.kv * self.heads_kv * self.head_dim
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Cache:
 
         q = normal(problem.batch, 1, problem.heads, problem.head_dim)
         k, v = normal(*shape), normal(*shape)
+        if problem.fp8:
+            k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
         lengths = torch.full((problem.batch,), problem.kv, dtype=torch.int32, device="cuda")
         return Cache(problem, q, k, v, lengths)
 
@@ -81,7 +85,8 @@ class Cache:
         order = torch.randperm(self.problem.batch * per_sequence, device="cuda")
 
         def cut(x):
-            return torch.empty_like(x).copy_(x).reshape(-1, size, *x.shape[2:])[order]
+            pages = x.view(torch.uint8).reshape(-1, size, *x.shape[2:-1], x[0, 0, 0].nbytes)
+            return pages[order].view(x.dtype)
 
         table = order.argsort().to(torch.int32).view(self.problem.batch, per_sequence)
         return Cache(self.problem, self.q, cut(self.k), cut(self.v), self.lengths, table)
@@ -101,8 +106,8 @@ def ours() -> Callable:
 
 def _dense_only(forward: Callable) -> Callable:
     def call(cache: Cache):
-        if cache.table is not None:
-            raise NotImplementedError("takes no pages")
+        if cache.table is not None or cache.problem.fp8:
+            raise NotImplementedError("takes no pages and no fp8")
         return forward(cache.q, cache.k, cache.v, False)
 
     return call
@@ -124,7 +129,9 @@ def _measure(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
     problem = DecodeProblem(**request["problem"])
     count = max(1, -(-L2_FLUSH_BYTES // problem.bytes))
     dense = [Cache.draw(problem, seed) for seed in range(count)]
-    reference = sdpa("FLASH_ATTENTION")(dense[0].q, dense[0].k, dense[0].v, False)
+    first = dense[0]
+    exact = (x.to(first.q.dtype) for x in (first.k, first.v))
+    reference = sdpa("FLASH_ATTENTION")(first.q, *exact, False)
     caches = [cache.paged() for cache in dense]
     del dense
     out = call(caches[0])

@@ -65,7 +65,8 @@ class Append:
             name="", layout="paged" if self.layout == "paged" else "dense", dtype=self.dtype,
             d=self.d, d_v=self.d_v, strides=self.strides,
         )  # fmt: skip
-        return "|".join(filter(None, [case.missing_on_gpu(), self.fp8 and "dtype"])) or None
+        narrow = self.fp8 and (self.d % 16 or self.d_v % 16)
+        return "|".join(filter(None, [case.missing_on_gpu(), "dtype" if narrow else None])) or None
 
 
 class Cache:
