@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from .check.global_memory import GlobalWatch
 from .counters import Role, roles
 from .findings import Findings
 from .launch.host import Host, Launch, bootstrap
@@ -41,6 +42,9 @@ class Session:
     trace: Trace | None = None
     hardware_sums: bool = False
 
+    def __post_init__(self) -> None:
+        self._watch = GlobalWatch(self.allocations, self.findings)
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a compiled CuTe DSL function with CPU tensors (also in tuples and dataclasses).
 
@@ -74,6 +78,7 @@ class Session:
             Scheduler(self.schedule),
             self.findings,
         )
+        machine.watch_global(self._watch)
         machine.hardware_sums = self.hardware_sums
         watch = self.trace.watch(machine) if self.trace is not None else None
         start = time.perf_counter()

@@ -39,7 +39,8 @@ def atomic(e: Emitter, ins: Instruction) -> None:
     address = e.address(operands.pop(0), "u32" if space == "shared" else "u64")
     columns = [[e.get(item, kind) for item in items_of(operand)] for operand in operands[:2]]
     values = ", ".join(f"({', '.join(column)},)" for column in columns)
-    call = e.call(run, "g", repr(operation), repr(space), address, f"({values},)", e.mask)
+    form = (operation, space, ins.opcode == "atom", ins.has("release", "acq_rel"))
+    call = e.call(run, "g", repr(form), address, f"({values},)", e.mask)
     targets = items_of(target)
     if ins.opcode == "red":
         e.line(call)
@@ -48,15 +49,21 @@ def atomic(e: Emitter, ins: Instruction) -> None:
 
 
 def run(
-    g: Gang, operation: str, space: str, address: Any, values: tuple[Any, ...], mask: Any
+    g: Gang, form: tuple[Any, ...], address: Any, values: tuple[Any, ...], mask: Any
 ) -> tuple[Any, ...]:
     """Apply the operation in each active lane; the old values come back."""
+    operation, space, reads, releases = form
     active = np.ones(g.lanes, np.bool_) if mask is None else np.broadcast_to(mask, g.lanes)
     where = np.broadcast_to(address, g.lanes)
     columns = [[np.broadcast_to(v, g.lanes) for v in column] for column in values]
     width = len(columns[0])
     dtype = columns[0][0].dtype
     old = np.zeros((width, g.lanes), dtype)
+    watch = g.cta.machine.global_watch
+    if watch is not None and space != "shared" and active.any():
+        places = where[active]
+        if not int(places[0]) >> 56:
+            watch.synchronise(g.cta, places, (reads, True, releases))
     for lane in np.flatnonzero(active):
         words, at = cell(g, space, where[lane], dtype, width)
         for index in range(width):

@@ -97,6 +97,7 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
         tensor = tensor_map(g, at_lane(source, lane))
         at = tuple(at_lane(c, lane) for c in coords)
         tma.check_map(tensor, at)
+        note_box(g, tensor, at, False)
         cta, offset = g.cta.locate(at_lane(target, lane))
         home, bar_offset = g.cta.locate(at_lane(barrier, lane))
         if multicast is None:
@@ -120,6 +121,20 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
             count(g, int(lane), tensor.box_bytes)
             op.mark = note_load(g, int(lane), units)
             g.cta.machine.queue.add(told(op, g, signal))
+
+
+def note_box(g: Gang, tensor: TensorMap, at: tuple[int, ...], writes: bool) -> None:
+    """Tell who watches global memory of a box that is read or written."""
+    watch = g.cta.machine.global_watch
+    found = tma.extent(tensor, at) if watch is not None else None
+    if watch is not None and found is not None:
+        watch.box(g.cta, *found, writes)
+
+
+def note_bytes(g: Gang, start: int, nbytes: int, writes: bool) -> None:
+    watch = g.cta.machine.global_watch
+    if watch is not None:
+        watch.box(g.cta, start, (nbytes,), (1,), writes)
 
 
 def words_of(units: np.ndarray) -> np.ndarray:
@@ -185,6 +200,8 @@ def issue_store(g: Gang, operands: tuple[Any, ...], operation: str | None, mask:
             counted.add((lane // 32, offset, at))
             count(g, int(lane), tensor.box_bytes)
         op.mark = note_store(g, int(lane), tma.units_of(tensor, offset))
+        if operation is None:  # reductions are atomic
+            note_box(g, tensor, at, True)
         _bind_store(op, (memory, cta.smem), (tensor, at, offset), operation)
         g.bulk.append(g.cta.machine.queue.add(op))
 
@@ -252,6 +269,9 @@ def issue_flat_load(g: Gang, operands: tuple[Any, ...], from_global: bool, mask:
         target, source, nbytes, barrier = (at_lane(o, lane) for o in operands)
         if nbytes % 16 or target % 16 or source % 16:
             raise Misaligned("cp.async.bulk: addresses and size must be multiples of 16 bytes")
+        if from_global:
+            g.cta.machine.memory.check(np.array([source], np.uint64), nbytes, 16, "cp.async.bulk")
+            note_bytes(g, source, nbytes, False)
         cta, offset = g.cta.locate(target)
         cta.smem.check(np.array([offset]), nbytes, 1, "cp.async.bulk")
         cta.smem.shadow[offset : offset + nbytes] = IN_FLIGHT
@@ -292,6 +312,8 @@ def issue_flat_store(g: Gang, operands: tuple[Any, ...], kind: str | None, mask:
         op = AsyncOp("bulk store", _nothing, owner=g.cta)
         count(g, int(lane), nbytes)
         op.mark = note_store(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
+        if kind is None:
+            note_bytes(g, target, nbytes, True)
         _bind_flat_store(op, g, (target, cta.smem, offset, nbytes), kind)
         g.bulk.append(g.cta.machine.queue.add(op))
 

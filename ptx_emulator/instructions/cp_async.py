@@ -49,6 +49,10 @@ def issue(g: Gang, target: Any, source: Any, size: int, given: Any, mask: Any) -
     smem.shadow.reshape(-1, size)[where // size] = IN_FLIGHT
     amount = np.broadcast_to(size if given is None else given, g.lanes)
     amount = amount if lanes is None else amount[lanes]
+    watch, whole = g.cta.machine.global_watch, origin[amount >= size]
+    if watch is not None and len(whole):
+        memory.check(whole, size, size, "cp.async")
+        watch.lanes(g.cta, whole, size)
 
     def run() -> None:
         data = np.zeros((len(where), size), np.uint8)

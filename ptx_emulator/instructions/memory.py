@@ -45,7 +45,8 @@ def ld(e: Emitter, ins: Instruction) -> None:
         function = load_shared if space == "shared" else load_local
         loaded = e.call(function, "g", e.address(address, "u32"), *arguments, e.mask)
     else:
-        loaded = e.call(load_generic, "g", e.address(address, "u64"), *arguments, e.mask)
+        strong = str(ins.has("acquire", "relaxed", "volatile"))
+        loaded = e.call(load_generic, "g", e.address(address, "u64"), *arguments, e.mask, strong)
     whole = e.temp(loaded)
     for index, item in enumerate(items):
         value, name = f"{whole}[{index}]", kind
@@ -85,7 +86,9 @@ def st(e: Emitter, ins: Instruction) -> None:
         function = store_shared if space == "shared" else store_local
         e.line(e.call(function, "g", e.address(address, "u32"), packed, e.mask))
     else:
-        e.line(e.call(store_generic, "g", e.address(address, "u64"), packed, e.mask))
+        strong = str(ins.has("release", "relaxed", "volatile"))
+        flags = strong, str(ins.has("release"))
+        e.line(e.call(store_generic, "g", e.address(address, "u64"), packed, e.mask, *flags))
 
 
 @instruction("prefetch", "prefetchu", "discard", "applypriority")
@@ -223,7 +226,10 @@ def by_cta(g: Gang, where: np.ndarray) -> list[tuple[Any, np.ndarray, np.ndarray
 
 
 # ---- global and generic ----
-def load_generic(g: Gang, address: Any, dtype: Any, count: int, mask: Any) -> Columns:
+def load_generic(
+    g: Gang, address: Any, dtype: Any, count: int, mask: Any, strong: bool = False
+) -> Columns:
+    """A load; `strong`: one by which CTAs learn of each other."""
     lanes = lanes_of(g, mask)
     where = chosen(g, address, lanes)
     kind = np.dtype(dtype)
@@ -232,6 +238,8 @@ def load_generic(g: Gang, address: Any, dtype: Any, count: int, mask: Any) -> Co
     window = int(where[0]) >> 56
     if window == 0:
         table = g.cta.machine.memory.gather(where, kind, count)
+        if g.cta.machine.global_watch is not None:
+            note_global(g.cta, where, kind.itemsize * count, strong)
         return spread(g, table, address, lanes)
     if window == SHARED_BASE >> 56:
         return load_shared(
@@ -247,7 +255,9 @@ def load_generic(g: Gang, address: Any, dtype: Any, count: int, mask: Any) -> Co
     return load_local(g, (address - np.uint64(LOCAL_BASE)).astype(np.uint32), dtype, count, mask)
 
 
-def store_generic(g: Gang, address: Any, values: Columns, mask: Any) -> None:
+def store_generic(
+    g: Gang, address: Any, values: Columns, mask: Any, strong: bool = False, release: bool = False
+) -> None:
     lanes = lanes_of(g, mask)
     where = chosen(g, address, lanes)
     if len(where) == 0:
@@ -263,7 +273,33 @@ def store_generic(g: Gang, address: Any, values: Columns, mask: Any) -> None:
         if not (isinstance(address, np.ndarray) and address.ndim):
             values = tuple(last_lane(value, lanes) for value in values)
             lanes = None
-        g.cta.machine.memory.scatter(where, as_table(g, values, lanes, len(where)))
+        table = as_table(g, values, lanes, len(where))
+        if g.cta.machine.global_watch is not None:
+            note_global_store(g.cta, where, table, (strong, release))
+        g.cta.machine.memory.scatter(where, table)
+
+
+def note_global(cta: Any, where: np.ndarray, nbytes: int, strong: bool) -> None:
+    """Tell who watches global memory of a load."""
+    watch = cta.machine.global_watch
+    if strong:
+        watch.synchronise(cta, where, (True, False, False))
+    else:
+        watch.lanes(cta, where, nbytes)
+
+
+def note_global_store(cta: Any, where: np.ndarray, table: np.ndarray, how: Any) -> None:
+    """Tell who watches global memory of a store, which is (strong, a release)."""
+    strong, release = how
+    watch, memory = cta.machine.global_watch, cta.machine.memory
+    if strong:
+        watch.synchronise(cta, where, (False, True, release))
+        return
+    nbytes = table.dtype.itemsize * table.shape[1]
+    memory.check(where, nbytes, nbytes, "a store")
+    old = memory.gather(where, table.dtype, table.shape[1])
+    same = (old.view(np.uint8) == np.ascontiguousarray(table).view(np.uint8)).all(axis=1)
+    watch.lanes(cta, where, nbytes, ~same)
 
 
 # ---- local and parameters ----

@@ -156,8 +156,16 @@ def getctarank(e: Emitter, ins: Instruction) -> None:
 def fence(e: Emitter, ins: Instruction) -> None:
     """Memory is sequentially consistent here; the race checker follows the proxy fences."""
     proxy = ins.has("proxy") and ins.has("async")
+    orders = ins.opcode == "membar" or ins.has("acq_rel", "sc", "release")
+    if orders and ins.has("gl", "gpu", "sys"):
+        e.line(e.call(run_wide_fence, "g"))
     if proxy or ins.has("mbarrier_init"):
         e.line(e.call(run_fence, "g", str(proxy), e.mask))
+
+
+def run_wide_fence(g: Gang) -> None:
+    if g.cta.machine.global_watch is not None:
+        g.cta.machine.global_watch.fence(g.cta)
 
 
 def run_fence(g: Gang, proxy: bool, mask: Any) -> None:
@@ -172,9 +180,15 @@ def run_fence(g: Gang, proxy: bool, mask: Any) -> None:
 
 @instruction("griddepcontrol", "nanosleep", "pmevent")
 def no_effect(e: Emitter, ins: Instruction) -> None:
-    """Launches run one after the other, so a grid's dependencies have always finished."""
+    """Launches run one after the other; check/global_memory.py asks what comes before a wait."""
     if ins.opcode == "griddepcontrol" and ins.has("wait"):
+        e.line(e.call(run_grid_wait, "g"))
         e.leave(str(e.block.targets[0]))
+
+
+def run_grid_wait(g: Gang) -> None:
+    if g.cta.machine.global_watch is not None:
+        g.cta.machine.global_watch.wait(g.cta)
 
 
 class Trap(EmulationError):

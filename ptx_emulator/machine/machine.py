@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..check.global_memory import GlobalWatch
 from ..findings import Deadlock, EmulationError, Findings, LaunchFault, UndefinedRead
 from ..launch.host import Launch
 from .async_ops import AsyncQueue
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..ptx.program import Program
 
 LIVELOCK_BLOCKS = 2_000_000  # that may pass without a change that anyone could wait for
+PROGRAMMATIC_SERIALIZATION = 6  # the attribute of a launch that may overlap the one before
 RESIDENT_THREADS = 4096  # CTAs that run side by side before they have to wait for each other
 
 
@@ -43,6 +45,7 @@ class Machine:
         self.memory = memory
         self.scheduler = scheduler
         self.findings = findings
+        self.global_watch: GlobalWatch | None = None
         self.num_threads = int(np.prod(launch.block))
         self.num_warps = -(-self.num_threads // 32)
         self.local_size = program.local_size
@@ -74,6 +77,16 @@ class Machine:
             raise LaunchFault(f"grid {launch.grid} is no multiple of cluster {launch.cluster}")
         if int(np.prod(launch.cluster)) > 16:
             raise LaunchFault(f"cluster {launch.cluster} has more than 16 CTAs")
+
+    def watch_global(self, watch: GlobalWatch) -> None:
+        """Look for races in global memory, unless races are not looked for."""
+        if self.findings.races:
+            overlaps = any(
+                kind == PROGRAMMATIC_SERIALIZATION and value[:4] != b"\0\0\0\0"
+                for kind, value in self.launch.attributes
+            )
+            watch.begin([cluster[0] for cluster in self.clusters()], overlaps)
+            self.global_watch = watch
 
     # ---- what instructions ask ----
     def add(self, gang: Gang) -> None:

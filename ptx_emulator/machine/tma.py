@@ -46,8 +46,11 @@ def _clip(tensor: TensorMap, coords: tuple[int, ...]) -> list[tuple[int, int]]:
     return parts
 
 
-def _view(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray | None:
-    """The part of a box inside of the tensor, as an array over global memory; None if empty.
+Extent = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def extent(tensor: TensorMap, coords: tuple[int, ...]) -> Extent | None:
+    """The part of a box inside of the tensor: first address, shape, strides; None if empty.
 
     Its shape is (dims from the outermost to 1, bytes of dimension 0).
     """
@@ -55,17 +58,23 @@ def _view(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -> n
     if any(low == high for low, high in parts):
         return None
     start = tensor.address
-    last = tensor.address
-    for at, stride, (low, high) in zip(coords, tensor.strides, parts, strict=True):
+    for at, stride, (low, _) in zip(coords, tensor.strides, parts, strict=True):
         start += (at + low) * stride
-        last += (at + high - 1) * stride
-    ends = np.array([start, last], np.uint64)
-    memory.check(ends, tensor.item, 1, "TMA access")
     shape = [high - low for low, high in parts]
     shape[0] *= tensor.item
-    strides = (1, *tensor.strides[1:])
+    return start, tuple(shape[::-1]), (1, *tensor.strides[1:])[::-1]
+
+
+def _view(memory: GlobalMemory, tensor: TensorMap, coords: tuple[int, ...]) -> np.ndarray | None:
+    """That part as an array over global memory."""
+    found = extent(tensor, coords)
+    if found is None:
+        return None
+    start, shape, strides = found
+    last = start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    memory.check(np.array([start, last], np.uint64), 1, 1, "TMA access")
     flat = memory.bytes[start - _WholeMemory.BASE :]
-    return np.lib.stride_tricks.as_strided(flat, shape[::-1], strides[::-1])
+    return np.lib.stride_tricks.as_strided(flat, shape, strides)
 
 
 def _inside(tensor: TensorMap, coords: tuple[int, ...]) -> tuple[slice, ...]:
