@@ -218,6 +218,28 @@ class RaceChecker:
             copy.told = True  # later waits cover it too, when its source may be read again
             self.reads[copy.warps, copy.words] = self.clock[copy.warps, copy.warps]
 
+    # ---- matrix products ----
+    def issue_product(self, warp: int, words: np.ndarray, name: str) -> Copy:
+        """A product that reads `words` is issued; it reads until it is known to be over."""
+        self._check_visible(f"{name}, issued by warp {warp}, reads", words, warp, True)
+        self.reads[warp, words] = PENDING
+        return Copy(warp, words)
+
+    def depart(self, warp: int) -> np.ndarray:
+        """What a warp knows when it lets its products' end arrive at a barrier."""
+        known = self.clock[warp].copy()
+        self.clock[warp, warp] += 1
+        return known
+
+    def products_arrive(self, barrier: Any, known: np.ndarray, copies: list[Copy]) -> None:
+        """The products are over, and about to be counted by an mbarrier."""
+        sync = self.sync_of(barrier)
+        np.maximum(sync.arriving, known, out=sync.arriving)
+        sync.announced += 1
+        for copy in copies:
+            pending = copy.words[self.reads[copy.warps, copy.words] == PENDING]
+            self.reads[copy.warps, pending] = known[copy.warps]
+
     # ---- saying what is wrong ----
     def _check_visible(self, what: str, words: np.ndarray, warp: int, proxy: bool) -> None:
         clock, writer, written = self.clock[warp], self.writer[words], self.written[words]
@@ -243,7 +265,9 @@ class RaceChecker:
             late = words[self.reads[warp, words] > clock[warp]]
             if len(late):
                 pending = (self.reads[warp, late] == PENDING).any()
-                reader = f"a bulk store of warp {warp}" if pending else f"warp {warp}'s read"
+                reader = (
+                    f"a bulk store or product of warp {warp}" if pending else f"warp {warp}'s read"
+                )
                 self._report(
                     f"{what} shared offset {int(late[0]) * WORD:#x}, not ordered after {reader}"
                 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import RaceChecker
 from ..findings import Misaligned, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
@@ -294,12 +295,17 @@ def run_commit(g: Gang, address: Any, ranks: Any, mask: Any) -> None:
             if barrier.watch is not None:
                 barrier.watch.release(barrier, np.array([warp]), 1)
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
-        memory.pipes[warp] = queue.add(AsyncOp("tcgen05.commit", _arrive(barriers), before))
+        run = _arrive(barriers, g.cta.race, warp, memory.reading.pop(warp, []))
+        memory.pipes[warp] = queue.add(AsyncOp("tcgen05.commit", run, before))
 
 
-def _arrive(barriers: list[Any]) -> Any:
+def _arrive(barriers: list[Any], race: RaceChecker | None, warp: int, reading: list[Any]) -> Any:
+    known = None if race is None else race.depart(warp)
+
     def run() -> None:
         for barrier in barriers:
+            if race is not None and known is not None:
+                race.products_arrive(barrier, known, reading)
             barrier.arrive()
 
     return run

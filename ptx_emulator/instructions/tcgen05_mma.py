@@ -23,7 +23,7 @@ import numpy as np
 
 from ..findings import DescriptorFault, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
-from ..machine.descriptors import decode, operand
+from ..machine.descriptors import decode, operand, words
 from ..machine.formats import FORMATS, Format
 from ..machine.gang import Gang
 from ..machine.tmem import LANES, Region
@@ -169,6 +169,10 @@ def issue(g: Gang, operands: tuple[Any, ...], flags: tuple[Any, ...], mask: Any)
         for kind, nbytes in product.traffic().items():
             g.cta.machine.traffic[kind][warp] += nbytes
         memory.pipes[warp] = g.cta.machine.queue.add(op)
+        if g.cta.race is not None:
+            for part in product.words():
+                copy = g.cta.race.issue_product(warp, part, "a tcgen05.mma")
+                memory.reading.setdefault(warp, []).append(copy)
 
 
 class Product:
@@ -211,6 +215,15 @@ class Product:
             raise DescriptorFault(f"a disable-output-lane vector of {len(words)} words")
         bits = np.array(words, np.uint32).view(np.uint8)
         self.kept = np.unpackbits(bits, bitorder="little").view(np.bool_).reshape(-1, LANES)
+
+    def words(self) -> list[np.ndarray]:
+        """The words of shared memory that the product reads, operand by operand."""
+        form = self.form
+        span = 0, form.n // form.group
+        found = [words(self.right, *span, form.trans_b, form.b.container)]
+        if self.left is not None:
+            found.append(words(self.left, 0, form.rows, form.trans_a, form.a.container))
+        return found
 
     def regions(self, columns: tuple[int, int]) -> list[Region]:
         """The cells of `columns` in the lanes that the product uses."""

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import Copy
 from ..findings import DescriptorFault, Race, Unmodelled
 from ..machine import sums
 from ..machine.async_ops import AsyncOp
-from ..machine.descriptors import decode, operand
+from ..machine.descriptors import decode, operand, words
 from ..machine.formats import FORMATS
 from ..machine.gang import Gang
 from ..ptx.emit import Emitter
@@ -123,9 +124,26 @@ def issue(
     before = tuple(g.products[-1:])
     op = g.cta.machine.queue.add(AsyncOp("wgmma", run, before, owner=g.cta))
     g.products.append(op)
+    if g.cta.race is not None:
+        op.mark = note_operands(g, (left, right), form)
     if mask is not None:  # registers of a divergent region are copied at its end
-        g.cta.machine.queue.finish([op])
+        g.settle()
     return result
+
+
+def note_operands(g: Gang, operands: tuple[Any, Any], form: Any) -> list[Copy]:
+    """Tell the race checker what each warp's part of a product reads: 16 rows of A, and B."""
+    left, right = operands
+    n, kinds, trans_a, trans_b = form
+    assert g.cta.race is not None
+    found = []
+    for index, warp in enumerate(g.warps):
+        parts = [words(right[index], 0, n, trans_b, FORMATS[kinds[1]].container)]
+        if left is not None:
+            first = 16 * int(warp % 4)
+            parts.append(words(left[index], first, 16, trans_a, FORMATS[kinds[0]].container))
+        found += [g.cta.race.issue_product(int(warp), part, "a wgmma") for part in parts]
+    return found
 
 
 def gather(registers: tuple[Any, ...], warps: int) -> np.ndarray:
@@ -159,4 +177,6 @@ def run_wait(g: Gang, keep: int) -> None:
     g.product_groups = g.product_groups[len(finished) :]
     for group in finished:
         g.cta.machine.queue.finish(group)
+    over = [op for op in g.products if op.done]
+    g.end_products(over)
     g.products = [op for op in g.products if not op.done]

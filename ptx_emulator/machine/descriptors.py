@@ -85,6 +85,15 @@ def units(
     return address >> 4
 
 
+@functools.lru_cache(maxsize=8192)
+def words(
+    desc: MatrixDescriptor, first: int, rows: int, transposed: bool, item: int = 2
+) -> np.ndarray:
+    """The 4-byte words of an operand's units."""
+    index = units(desc, first, rows, transposed, item).ravel()
+    return (index[:, None] * 4 + np.arange(4)).ravel()
+
+
 def read_units(smem: SharedMemory, index: np.ndarray, what: str) -> np.ndarray:
     """(…, 16) bytes of the 16-byte units `index`, checked as a load is."""
     low, high = int(index.min()) * 16, int(index.max()) * 16

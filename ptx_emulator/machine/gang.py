@@ -201,7 +201,16 @@ class Gang:
         """Finish the products whose registers are about to be copied."""
         if self.products:
             self.cta.machine.queue.finish(self.products)
+            self.end_products(self.products)
             self.products, self.product_groups = [], []
+
+    def end_products(self, products: Iterable[AsyncOp]) -> None:
+        """Tell the race checker that products have read their operands."""
+        race = self.cta.race
+        if race is not None:
+            for op in products:
+                for copy in op.mark or ():
+                    race.was_read(copy, np.array([copy.warps]))
 
     def absorb(self, other: "Gang", live: Iterable[int]) -> None:
         """Take in the warps of another gang that is at the same block, unmasked like this one."""

@@ -43,6 +43,7 @@ class TensorMemory:
     flights: list[tuple[AsyncOp, Region, bool]] = field(default_factory=list)  # True: it writes
     stores: dict[int, list[AsyncOp]] = field(default_factory=dict)  # of each warp, not waited for
     pipes: dict[int, AsyncOp] = field(default_factory=dict)  # newest operation of each warp
+    reading: dict[int, list[Any]] = field(default_factory=dict)  # of shared memory, by products
     waiting: list[Any] = field(default_factory=list)  # gangs that wait for columns
 
     # ---- allocation ----

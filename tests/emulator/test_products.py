@@ -88,11 +88,11 @@ def wgmma(kinds="e4m3.e4m3", first=20):
     return text + f"{{{registers}}}, %rd5, %rd6, %p5, 1, 1;\n"
 
 
-def run_wgmma(body):
+def run_wgmma(body, before=OPERANDS):
     store = "cvt.u64.u32 %rd3, %r5;\nadd.s64 %rd3, %rd1, %rd3;\n"
     store += f"st.global.v4.b32 [%rd3], {{{names(20, 4)}}};\n"
     data = torch.zeros(512, dtype=torch.int32)
-    return run(OPERANDS + body + store, warps=4, smem=8192, arch="sm_90a", data=data)
+    return run(before + body + store, warps=4, smem=8192, arch="sm_90a", data=data)
 
 
 def test_wgmma_of_e4m3():
@@ -116,3 +116,18 @@ def test_registers_written_since_the_fence(body):
 def test_products_and_moves_need_no_fence():
     moved = "".join(f"mov.b32 %r{30 + i}, %r{20 + i};\n" for i in range(4))
     run_wgmma(CLEAR + FENCE + wgmma() + WAIT + moved + wgmma(first=30) + WAIT)
+
+
+def test_operands_that_no_fence_makes_visible():
+    body = CLEAR + FENCE + wgmma() + WAIT
+    with pytest.raises(Race, match="no fence.proxy.async"):
+        run_wgmma(body, OPERANDS.replace("fence.proxy.async.shared::cta;", ""))
+
+
+def test_operands_overwritten_while_they_are_read():
+    start, store = CLEAR + FENCE + wgmma(), "st.shared.b32 [%r6+2048], %r2;\n"
+    run_wgmma(start + WAIT + "bar.sync 0;\n" + store)
+    with pytest.raises(Race, match="product"):
+        run_wgmma(start + store + WAIT)
+    with pytest.raises(Race, match="not ordered after"):
+        run_wgmma(start + WAIT + store)  # other warps may still read

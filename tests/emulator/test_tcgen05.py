@@ -62,8 +62,11 @@ def names(first, count):
     return ", ".join(f"%r{first + i}" for i in range(count))
 
 
-def execute(body, image=b"", columns=COLUMNS, first=0, schedule=0):
-    """Run `body` on 4 warps, `image` at shared offset 1024; columns from `first` on as uint32."""
+def execute(body, image=b"", columns=COLUMNS, first=0, schedule=0, without="none of it"):
+    """Run `body` on 4 warps, `image` at shared offset 1024; columns from `first` on as uint32.
+
+    `without`: text to leave out of what comes before.
+    """
     size = -(-len(image) // 2048) * 2048
     data = torch.zeros(RESULT * 4 + max(size, 16), dtype=torch.uint8)
     data[RESULT * 4 :][: len(image)] = torch.frombuffer(
@@ -84,7 +87,11 @@ def execute(body, image=b"", columns=COLUMNS, first=0, schedule=0):
         f"st.global.b32 [%rd3+{512 * at}], %r8;\n"
         for at in range(columns)
     )
-    text = BEGIN.replace("FILL", fill).replace("CLEAR", clear) + body + END.replace("READ", read)
+    text = (
+        BEGIN.replace(without, "").replace("FILL", fill).replace("CLEAR", clear)
+        + body
+        + END.replace("READ", read)
+    )
     run(text, warps=4, smem=SMEM, schedule=schedule, arch="sm_100a", data=data)
     return data[: RESULT * 4].numpy().view(np.uint32).reshape(COLUMNS, 128)[:columns]
 
@@ -290,3 +297,30 @@ def test_cp_is_over_when_its_commit_is():
     with pytest.raises(Race, match="tcgen05.cp"):
         text = "setp.ne.b32 %p3, %r2, 0;\n@%p3 bra $issued;\n" + early
         execute(text, bytes(4096), columns=8)
+
+
+# ---- operands in shared memory ----
+PRODUCT = (
+    descriptor("%rd8", 0, 128)
+    + descriptor("%rd9", 0, 16)
+    + f"mov.b32 %r9, {1 << 4 | 16 >> 3 << 17 | 128 >> 4 << 24};\nmov.pred %p8, 0;\n"
+    + "tcgen05.mma.cta_group::1.kind::f16 [%r4], %rd8, %rd9, %r9, %p8;\n"
+)
+OVERWRITE = "mov.b32 %r10, 0;\nst.shared.b32 [%r5+1024], %r10;\n"
+
+
+@pytest.mark.parametrize("schedule", range(4))
+def test_operands_that_no_fence_makes_visible(schedule):
+    fence = "fence.proxy.async.shared::cta;"
+    execute(ISSUE.format(PRODUCT), bytes(range(1, 65)) * 64, schedule=schedule)
+    with pytest.raises(Race, match="no fence.proxy.async"):
+        execute(ISSUE.format(PRODUCT), bytes(4096), schedule=schedule, without=fence)
+
+
+@pytest.mark.parametrize("schedule", range(4))
+def test_operands_overwritten_before_the_commit_is_seen(schedule):
+    image = bytes(range(1, 65)) * 64
+    execute(ISSUE.format(PRODUCT) + OVERWRITE, image, schedule=schedule)
+    with pytest.raises(Race):  # of the product or of the store, whichever comes second
+        body = ISSUE.format(PRODUCT).replace("$issued:", "$issued:\n" + OVERWRITE)
+        execute(body, image, schedule=schedule)
