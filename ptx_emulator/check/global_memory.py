@@ -50,6 +50,7 @@ class GlobalWatch:
         self.overlaps = overlaps
         self.waited.clear()
         self.names = clusters
+        self.numbers = {name: self.base + 1 + index for index, name in enumerate(clusters)}
         size = len(clusters)
         self.clock: dict[int, np.ndarray] = {}
         self.published: dict[int, np.ndarray] = {}
@@ -58,7 +59,7 @@ class GlobalWatch:
 
     def number_of(self, cta: Any) -> int:
         if "cluster number" not in cta.state:
-            cta.state["cluster number"] = self.base + 1 + self.names.index(cta.peers[0].ctaid)
+            cta.state["cluster number"] = self.numbers[cta.peers[0].ctaid]
         return cta.state["cluster number"]
 
     # ---- clocks ----
@@ -68,6 +69,15 @@ class GlobalWatch:
             found = self.clock[number] = self.nothing.copy()
             found[number - self.base - 1] = 1
         return found
+
+    def known(self, number: int, others: np.ndarray) -> Any:
+        """How far a cluster knows others to have come; without a clock it never learned of any."""
+        clock = self.clock.get(number)
+        return 0 if clock is None else clock[others - self.base - 1]
+
+    def now(self, number: int) -> int:
+        clock = self.clock.get(number)
+        return 1 if clock is None else int(clock[number - self.base - 1])
 
     def fence(self, cta: Any) -> None:
         """A fence of gpu scope or wider."""
@@ -163,14 +173,12 @@ class GlobalWatch:
 
     def _write(self, cta: Any, shadow: Shadow, where: np.ndarray) -> None:
         me = self.number_of(cta)
-        clock = self.clock_of(me)
         self._check_writers(cta, "overwrites", shadow.writer[where], shadow.written[where])
         reader = shadow.reader[where]
         other = (np.abs(reader) > self.base) & (reader != me)
         if other.any():
             numbers = np.abs(reader[other])
-            unknown = clock[numbers - self.base - 1] == 0  # nothing was ever learned of it
-            unknown &= numbers != me
+            unknown = (self.known(me, numbers) == 0) & (numbers != me)  # never learned of it
             if unknown.any():
                 self._report(cta, "overwrites", f"reads by {self.name(int(numbers[unknown][0]))}")
         if self.overlaps and id(cta) not in self.waited:
@@ -178,14 +186,14 @@ class GlobalWatch:
             if before.any():
                 self._report(cta, "overwrites", "what the launch before reads")
         shadow.writer[where] = me
-        shadow.written[where] = clock[me - self.base - 1]
+        shadow.written[where] = self.now(me)
 
     def _check_writers(self, cta: Any, does: str, writer: np.ndarray, written: np.ndarray) -> None:
         me = self.number_of(cta)
         other = (writer > self.base) & (writer != me)
         if other.any():
             numbers = writer[other]
-            known = self.clock_of(me)[numbers - self.base - 1] >= written[other]
+            known = self.known(me, numbers) >= written[other]
             if not known.all():
                 self._report(cta, does, f"what {self.name(int(numbers[~known][0]))} writes")
         if self.overlaps and id(cta) not in self.waited:
