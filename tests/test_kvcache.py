@@ -133,14 +133,14 @@ def test_wrong_fp8_caches(fa4, name):
     assert (k.float() == 0).all() and (v.float() == 0).all()
 
 
-def test_fa2716_fp8_saturates(fa4):
+def test_fa2716_fp8_saturates(fa4, device):
     """FA#2716: a new token beyond what e4m3 holds becomes +-448, not NaN."""
-    cache = torch.zeros(2, 1, 4, 1, D, dtype=BF16).to(append_cases.FP8)
-    new = torch.full((1, 1, 1, D), 1e4, dtype=BF16)
+    cache = torch.zeros(2, 1, 4, 1, D, dtype=BF16, device=device).to(append_cases.FP8)
+    new = torch.full((1, 1, 1, D), 1e4, dtype=BF16, device=device)
     new[..., ::2] = -1e4
-    descale = torch.full((1, 1), 2.0)
+    descale = torch.full((1, 1), 2.0, device=device)
     out = fa4.flash_attn_with_kvcache(
-        *(torch.ones(1, 1, 1, D, dtype=BF16), cache[0], cache[1], new, new), cache_seqlens=0,
+        *(torch.ones_like(new), cache[0], cache[1], new, new), cache_seqlens=0,
         k_descale=descale, v_descale=descale,
     )  # fmt: skip
     assert torch.equal(cache[0, 0, 0].float(), 448 * new[0, 0].float().sign())

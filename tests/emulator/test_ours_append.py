@@ -124,7 +124,17 @@ def test_strides_beyond_32_bits(unaligned):
 
 
 @pytest.mark.parametrize(
-    "name", ["paged_halves", "indexed_interleaved", "ragged", "ragged_dense", "band", "heads7"]
+    "name",
+    [
+        "paged_halves",
+        "indexed_interleaved",
+        "ragged",
+        "ragged_dense",
+        "band",
+        "heads7",
+        "fp8",
+        "fp8_plain",
+    ],
 )
 def test_append_then_attend(fa4, name):
     """The public function: both launches, the second on what the first left behind."""
