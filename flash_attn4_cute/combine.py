@@ -5,9 +5,9 @@ With the results O_i and LSE_i of part i, and LSE = log sum_i exp(LSE_i),
     O = sum_i exp(LSE_i - LSE) O_i
 
 (Rabe and Staats 2021, section 2), summed in the order of the parts, so that a result repeats bit
-for bit. After a decode launch four warps share a row, since rows are few and the time is that of a
-load from memory; else one warp merges it. A warp reads LSE_i of all parts first, a part a lane, and
-then its share of the O_i up to the last part that has keys.
+for bit. Four warps share a row, since rows are few and the time is that of a load from memory. A
+warp reads LSE_i of all parts first, a part a lane, and then its share of the O_i up to the last
+part that has keys.
 """
 
 from dataclasses import dataclass
@@ -82,23 +82,15 @@ class PartWeights:
 
 
 class CombineKernel:
-    """The merge of results of head dimension `head_dim`.
+    """The merge of results of head dimension `head_dim`, a CTA a row.
 
-    `after_splits`: the parts come from the kernel launched just before on the same stream, which
-    lets this one start while it ends (programmatic dependent launch).
+    The parts come from the kernel launched just before on the same stream, which lets this one
+    start while it ends (programmatic dependent launch).
     """
 
-    def __init__(self, head_dim: int, after_splits: bool):
+    def __init__(self, head_dim: int):
         assert head_dim % LOAD_ELEMENTS == 0
-        self.head_dim, self.after_splits = head_dim, after_splits
-
-    @property
-    def warps_per_row(self) -> int:
-        return WARPS if self.after_splits else 1
-
-    @property
-    def rows_per_cta(self) -> int:
-        return WARPS // self.warps_per_row
+        self.head_dim = head_dim
 
     @property
     def vectors_per_lane(self) -> int:
@@ -114,10 +106,10 @@ class CombineKernel:
             num_batch = cute.size(mO, mode=[0])
         num_rows = args.max_seqlen_q * cute.size(mO, mode=[cute.rank(mO) - 2])
         self.kernel(args).launch(
-            grid=[Int32(cute.ceil_div(num_rows, self.rows_per_cta)) * num_batch, 1, 1],
+            grid=[Int32(num_rows) * num_batch, 1, 1],
             block=[WARPS * WARP_SIZE, 1, 1],
             stream=stream,
-            use_pdl=self.after_splits,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -126,27 +118,24 @@ class CombineKernel:
         weights = cute.make_layout((WARPS, MAX_PARTS), stride=(MAX_PARTS, 1))
         sWeights = smem.allocate_tensor(Float32, weights, 16)
         columns = self.vectors_per_lane * WARP_SIZE * LOAD_ELEMENTS
-        totals = cute.make_layout((self.warps_per_row, columns), stride=(columns, 1))
+        totals = cute.make_layout((WARPS, columns), stride=(columns, 1))
         sTotals = smem.allocate_tensor(Float32, totals, 16)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         index, _, _ = cute.arch.block_idx()
         num_heads = cute.size(args.mO, mode=[cute.rank(args.mO) - 2])
-        num_blocks = cute.ceil_div(args.max_seqlen_q * num_heads, self.rows_per_cta)
-        batch = index // num_blocks
-        row = index % num_blocks * self.rows_per_cta + warp // self.warps_per_row
+        num_rows = args.max_seqlen_q * num_heads
+        batch, row = index // num_rows, index % num_rows
         offset, seqlen = Int32(0), args.max_seqlen_q
         if const_expr(args.mCuSeqlensQ is not None or args.mSeqUsedQ is not None):
             offset, seqlen = extent(args.mO, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
-        if const_expr(self.after_splits):
-            cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_wait()
         if row < seqlen * num_heads:
             token, head = offset + row // num_heads, row % num_heads
-            smem_of_row = (sWeights[warp, None], sTotals)
-            self.merge_row(args, (batch, token, head), smem_of_row, warp % self.warps_per_row)
+            self.merge_row(args, (batch, token, head), (sWeights[warp, None], sTotals), warp)
 
     @cute.jit
     def merge_row(self, args: CombineArgs, place, smem, warp: Int32):
-        """One row: `place` is (batch, token in memory, head), `warp` one of those that share it."""
+        """One row: `place` is (batch, token in memory, head), `warp` one of those of the CTA."""
         batch, token, head = place
         sWeights, sTotals = smem
         lane = cute.arch.lane_idx()
@@ -165,8 +154,7 @@ class CombineKernel:
         total = cute.make_rmem_tensor((LOAD_ELEMENTS, self.vectors_per_lane), Float32)
         total.fill(0.0)
         self.add_parts(total, parts_O, found, warp)
-        if const_expr(self.warps_per_row > 1):
-            self.gather(total, sTotals, warp)
+        self.gather(total, sTotals, warp)
         if warp == 0:
             self.store(total, mO)
             # Two questions: one is answered at trace time, one at run time.
@@ -192,17 +180,16 @@ class CombineKernel:
         lane = cute.arch.lane_idx()
         # Parts and columns beyond the last are read as the last: one path, loads issued ahead.
         last = self.head_dim // LOAD_ELEMENTS - 1
-        step = self.warps_per_row
-        for first in cutlass.range(warp, found.end, step * BATCH, unroll=1):
+        for first in cutlass.range(warp, found.end, WARPS * BATCH, unroll=1):
             for i in cutlass.range_constexpr(self.vectors_per_lane):
                 column = cutlass.min(lane + WARP_SIZE * i, last)
                 values = cute.make_rmem_tensor((LOAD_ELEMENTS, BATCH), parts_O.element_type)
                 for j in cutlass.range_constexpr(BATCH):
-                    part = cutlass.min(first + step * j, found.end - 1)
+                    part = cutlass.min(first + WARPS * j, found.end - 1)
                     source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (column,))
                     cute.autovec_copy(source, values[None, j])
                 for j in cutlass.range_constexpr(BATCH):
-                    part = first + step * j
+                    part = first + WARPS * j
                     weight = found.sWeights[cutlass.min(part, found.end - 1)]
                     weight = weight if part < found.end else 0.0
                     # What a part without keys holds may be NaN.

@@ -51,26 +51,6 @@ class DecodeKey:
         return trace_decode(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CombineKey:
-    """Everything that a compiled combine kernel depends on.
-
-    `packed`: rows are (total, h, d), not (b, s, h, d).
-    """
-
-    variant: str
-    part_dtype: torch.dtype
-    dtype: torch.dtype
-    head_dim: int
-    packed: bool
-
-    def trace(self) -> tuple:
-        """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
-        from .decode_signature import trace_combine
-
-        return trace_combine(self)
-
-
 # Packed query rows up to which the decode kernel answers; beyond, the forward kernel reads K and V
 # less often. Not yet measured.
 MAX_PACKED_ROWS = 128

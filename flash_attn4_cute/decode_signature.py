@@ -1,11 +1,10 @@
-"""Stand-ins for the arguments of decode and combine launches; see `signature`."""
+"""Stand-ins for the arguments of decode launches; see `signature`."""
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from .combine import CombineKernel
-from .decode_arguments import CombineArgs, DecodeArgs
-from .decode_plan import CombineKey, DecodeKey
+from .decode_arguments import DecodeArgs
+from .decode_plan import DecodeKey
 from .problem import Layout
 from .signature import NUMERIC, rows, score_args, values, vectors
 from .sm120.decode import DecodeSm120
@@ -52,22 +51,3 @@ def trace_decode(key: DecodeKey) -> tuple:
         score=score_args(key.score),
     )  # fmt: skip
     return DECODE[key.family](dtype, key.cfg, key.rule, key.score, key.box_n), (args,)
-
-
-def trace_combine(key: CombineKey) -> tuple:
-    """The combine kernel for `key`, and a CombineArgs that stands for its launches'."""
-    part, out = NUMERIC[key.part_dtype], NUMERIC[key.dtype]
-    parts, heads = cute.sym_int(), cute.sym_int()
-    lead = (cute.sym_int(),) if key.packed else (cute.sym_int(), cute.sym_int())
-    lse_lead = (*lead[:-1], heads, lead[-1])
-    args = CombineArgs(
-        mOPartial=rows(part, (parts, *lead, heads, key.head_dim)),
-        mLSEPartial=values(Float32, (parts, *lse_lead)),
-        mO=rows(out, (*lead, heads, key.head_dim)),
-        mLSE=values(Float32, lse_lead),
-        mCuSeqlensQ=None,
-        mSeqUsedQ=None,
-        mSink=None,
-        max_seqlen_q=Int32(0),
-    )
-    return CombineKernel(key.head_dim, after_splits=False), (args,)

@@ -87,7 +87,7 @@ class DecodeSm120:
                 args.max_seqlen_q,
             )
             head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
-            CombineKernel(head_dim_v, after_splits=True)(merge, stream)
+            CombineKernel(head_dim_v)(merge, stream)
 
     @cute.jit
     def launch(self, args: DecodeArgs, tma, grid: DecodeGrid, stream):
