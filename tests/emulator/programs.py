@@ -28,12 +28,12 @@ shr.u32 %r3, %r2, 5;
 def run(body: str, warps: int = 1, smem: int = 4096, schedule: int = 0, **options):
     """Run `body` on one CTA of an sm_120a card with a tensor of 256 zeros; returns the tensor.
 
-    Options: `arch`, `data` (another tensor), grid, cluster, directives, and those of a session.
+    Options: `arch`, `strict`, `data` (another tensor), grid, cluster, directives, and those of a session.
     """
     data = options.pop("data", None)
     if data is None:
         data = torch.zeros(256, dtype=torch.int32)
-    arch = options.pop("arch", "sm_120a")
+    arch, strict = options.pop("arch", "sm_120a"), options.pop("strict", True)
     launch = Launch(
         kernel="program",
         ptx=HEADER.replace("DIRECTIVES", options.pop("directives", ""))
@@ -49,7 +49,7 @@ def run(body: str, warps: int = 1, smem: int = 4096, schedule: int = 0, **option
         params=(data.data_ptr().to_bytes(8, "little"),),
         attributes=(),
     )
-    with ptx_emulator.session(arch, schedule=schedule, strict=True, **options) as emulator:
+    with ptx_emulator.session(arch, schedule=schedule, strict=strict, **options) as emulator:
         emulator.allocations.add_tensor(data)
         emulator.launch(launch)
     return data

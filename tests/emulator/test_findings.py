@@ -176,3 +176,12 @@ def test_races(name):
 def test_equal_writes_are_no_race():
     """Warps may write the same value to the same place without an order between them."""
     run("mov.b32 %r9, 0;\nst.shared.b32 [%r1+64], %r9;\nld.shared.b32 %r10, [%r1+64];", warps=4)
+
+
+def test_registers_that_nothing_wrote():
+    """Kernels may skip loads of rows that they never use, and compute with what is there."""
+    skipped = "setp.eq.b32 %p1, %r2, 99;\n@!%p1 bra $skip;\nmov.b32 %r9, 1;\n$skip:\n"
+    store = "st.global.b32 [%rd1], %r9;"
+    with pytest.raises(UndefinedRead, match="%r9"):
+        run(skipped + store)
+    assert run(skipped + store, strict=False)[0] == -1
