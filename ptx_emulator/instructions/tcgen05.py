@@ -291,9 +291,6 @@ def run_commit(g: Gang, address: Any, ranks: Any, mask: Any) -> None:
         for barrier in barriers:
             barrier.check_fenced("a tcgen05.commit")
         warp = int(g.warps[lane // 32])
-        for barrier in barriers:
-            if barrier.watch is not None:
-                barrier.watch.release(barrier, np.array([warp]), 1)
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
         run = _arrive(barriers, g.cta.race, warp, memory.reading.pop(warp, []))
         memory.pipes[warp] = queue.add(AsyncOp("tcgen05.commit", run, before))

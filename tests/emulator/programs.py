@@ -28,7 +28,8 @@ shr.u32 %r3, %r2, 5;
 def run(body: str, warps: int = 1, smem: int = 4096, schedule: int = 0, **options):
     """Run `body` on one CTA of an sm_120a card with a tensor of 256 zeros; returns the tensor.
 
-    Options: `arch`, `strict`, `data` (another tensor), grid, cluster, directives, and those of a session.
+    Options: `arch`, `strict`, `data` (another tensor), grid, cluster, directives, and those of a
+    session.
     """
     data = options.pop("data", None)
     if data is None:
