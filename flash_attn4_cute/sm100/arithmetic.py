@@ -12,9 +12,10 @@ from .tiles import PAIRS_PER_UNIT
 ROUND = float(2**23 + 2**22)
 MANTISSA_BITS = 23
 SMALLEST_EXPONENT = -127.0  # the float with exponent bits 0 and mantissa 0 is 0
-# 2^f = 1 + f (a + f (b + f c)) on [0, 1): relative error below 8.6e-5, by Remez exchange with the
-# value at 0 held, so that powers of two are exact.
-CUBIC = (0.6951167583465576, 0.22764499485492706, 0.07706703990697861)
+# 2^f = 1 + f (c0 + f (c1 + f (c2 + f c3))) on [0, 1), relative error below 3.0e-6: a Remez exchange
+# that holds the value at 0, so that powers of two are exact. A cubic, with 8.6e-5, would do for P,
+# which is rounded to 16 bits, but not for the log-sum-exp.
+QUARTIC = (0.6930448412895203, 0.241280198097229, 0.052242472767829895, 0.013426683843135834)
 
 
 @dsl_user_op
@@ -89,7 +90,7 @@ def is_emulated(pair: int, emulated_pairs: int) -> bool:
 
 @cute.jit
 def exp2_by_fma(x: Float32, y: Float32):
-    """(2^x, 2^y) for x, y <= 127: a cubic in the fraction, the integer added to the exponent.
+    """(2^x, 2^y) for x, y <= 127: a polynomial in the fraction, the integer added to the exponent.
 
     -inf and everything below -127 give a number below 2^-126, and exactly 0 at -127 and -inf.
     """
@@ -97,9 +98,10 @@ def exp2_by_fma(x: Float32, y: Float32):
     rounded = cute.arch.add_packed_f32x2(low, (ROUND, ROUND), rnd="rm")
     floor = cute.arch.sub_packed_f32x2(rounded, (ROUND, ROUND))
     f = cute.arch.sub_packed_f32x2(low, floor)
-    a, b, c = ((coefficient, coefficient) for coefficient in CUBIC)
-    power = cute.arch.fma_packed_f32x2(c, f, b)
-    power = cute.arch.fma_packed_f32x2(power, f, a)
+    c0, c1, c2, c3 = ((coefficient, coefficient) for coefficient in QUARTIC)
+    power = cute.arch.fma_packed_f32x2(c3, f, c2)
+    power = cute.arch.fma_packed_f32x2(power, f, c1)
+    power = cute.arch.fma_packed_f32x2(power, f, c0)
     power = cute.arch.fma_packed_f32x2(power, f, (1.0, 1.0))
     return _add_to_exponent(power[0], rounded[0]), _add_to_exponent(power[1], rounded[1])
 

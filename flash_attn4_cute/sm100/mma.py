@@ -84,16 +84,10 @@ class MmaRole:
     def issue_qk(self, tile: Constexpr[int], slot: Int32):
         """S = Q K^T for one Q tile and the block in `slot`."""
         instruction = self.products.instruction(BLOCK_N, False)
+        steps = range(self.products.cfg.head_dim // STEP)
+        q, k = (self.q, self.q.lower(tile)), (self.k, self.k.lower(slot))
         with cute.arch.elect_one():
-            q, k = self.q.lower(tile), self.k.lower(slot)
-            for step in cutlass.range_constexpr(self.products.cfg.head_dim // STEP):
-                multiply(
-                    self.tmem.s[tile],
-                    (q, self.q.offset(step), self.q.upper),
-                    (k, self.k.offset(step), self.k.upper),
-                    instruction,
-                    int(step > 0),
-                )
+            multiply(self.tmem.s[tile], q, k, steps, instruction, 0)
             self.rings.s.commit_full("mma", tile)
 
     @cute.jit
@@ -101,21 +95,14 @@ class MmaRole:
         """O = P V, or O += P V, for one Q tile and the block in `slot`; the caller commits."""
         self.rings.p.wait_full(tile, phase)
         fence_after_sync()
-        self.issue_pv_steps(tile, slot, accumulate, range(HEAD_STEPS))
+        self.issue_pv_steps(tile, slot, Int32(accumulate), range(HEAD_STEPS))
         self.rings.p_tail.wait_full(tile, phase)
         fence_after_sync()
-        self.issue_pv_steps(tile, slot, accumulate, range(HEAD_STEPS, BLOCK_N // STEP))
+        self.issue_pv_steps(tile, slot, Int32(1), range(HEAD_STEPS, BLOCK_N // STEP))
 
     @cute.jit
-    def issue_pv_steps(self, tile: Constexpr[int], slot: Int32, accumulate: Boolean, steps):
+    def issue_pv_steps(self, tile: Constexpr[int], slot: Int32, accumulate: Int32, steps):
         instruction = self.products.instruction(self.products.cfg.head_dim_v, True)
+        v = (self.v, self.v.lower(slot))
         with cute.arch.elect_one():
-            v = self.v.lower(slot)
-            for step in steps:
-                multiply(
-                    self.tmem.o[tile],
-                    self.tmem.p[tile] + step * STEP // 2,  # two elements a column
-                    (v, self.v.offset(step), self.v.upper),
-                    instruction,
-                    Int32(accumulate) if step == 0 else 1,
-                )
+            multiply(self.tmem.o[tile], self.tmem.p[tile], v, steps, instruction, accumulate)

@@ -57,6 +57,15 @@ class SmemOperand:
         stride = self.rows * self.row_bytes // UNIT if self.transposed else 1
         return (start & ADDRESS_MASK) | stride << 16
 
+    def at(self, name: str, lower: str, step: int) -> list[str]:
+        """PTX that sets the register `name` to the descriptor of the step-th 16."""
+        if self.offset(step) == 0:
+            return [f"mov.b64 {name}, {{{lower}, {self.upper}}};"]
+        return [
+            f"add.u32 lower, {lower}, {self.offset(step)};",
+            f"mov.b64 {name}, {{lower, {self.upper}}};",
+        ]
+
     def offset(self, step: int) -> int:
         """What `lower` of the step-th 16 of the contraction is greater by."""
         if self.transposed:
@@ -80,32 +89,32 @@ class Products:
 
 
 @dsl_user_op
-def multiply(d: int, a, b, instruction: int, accumulate, *, loc=None, ip=None):
-    """D = A B, or D += A B, over 16 of the contraction; by one thread, done when committed.
+def multiply(d: int, a, b, steps: range, instruction: int, accumulate, *, loc=None, ip=None):
+    """D = A B, or D += A B, over some steps of 16; by one thread, done when committed.
 
-    d: column of tensor memory. a: the same, or a descriptor (lower word, offset, upper word); b:
-    such a descriptor. The offset is added here, not outside: the compiler would keep the sums of
-    all steps in registers.
+    d: column of tensor memory. a: the column where A begins, or (operand, lower word) of its
+    descriptor; b: such a pair. All of it is one piece of assembly with the offsets of the steps
+    inside.
     """
     in_tmem = isinstance(a, int)
-    lower_a, offset_a, upper_a = (0, 0, 0) if in_tmem else a
-    lower_b, offset_b, upper_b = b
+    operands = [0 if in_tmem else a[1], b[1], accumulate]
+    lines = [
+        ".reg .pred add;\n.reg .b64 a, b;\n.reg .b32 d, left, lower;",
+        f"mov.b32 d, {d};",
+        "setp.ne.b32 add, $2, 0;",
+    ]
+    for step in steps:
+        # In tensor memory, two elements of A to a column.
+        lines += [f"mov.b32 left, {a + step * STEP // 2};"] if in_tmem else a[0].at("a", "$0", step)
+        lines += b[0].at("b", "$1", step)
+        left = "[left]" if in_tmem else "a"
+        lines.append(f"tcgen05.mma.cta_group::1.kind::f16 [d], {left}, b, {instruction}, add;")
+        if step == steps[0]:
+            lines.append("setp.eq.b32 add, 0, 0;")
     llvm.inline_asm(
         None,
-        [Int32(x).ir_value(loc=loc, ip=ip) for x in (lower_a, lower_b, accumulate)],
-        "{\n"
-        ".reg .pred add;\n.reg .b64 a, b;\n.reg .b32 d, lower_a, lower_b;\n"
-        f"mov.b32 d, {d};\n"
-        + (
-            f"mov.b32 lower_a, {a};\n"
-            if in_tmem
-            else f"add.u32 lower_a, $0, {offset_a};\nmov.b64 a, {{lower_a, {upper_a}}};\n"
-        )
-        + f"add.u32 lower_b, $1, {offset_b};\nmov.b64 b, {{lower_b, {upper_b}}};\n"
-        "setp.ne.b32 add, $2, 0;\n"
-        f"tcgen05.mma.cta_group::1.kind::f16 [d], {'[lower_a]' if in_tmem else 'a'}, b, "
-        f"{instruction}, add;\n"
-        "}\n",
+        [Int32(x).ir_value(loc=loc, ip=ip) for x in operands],
+        "{\n" + "\n".join(lines) + "\n}\n",
         "r,r,r",
         has_side_effects=True,
         is_align_stack=False,

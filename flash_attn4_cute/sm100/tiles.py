@@ -149,7 +149,7 @@ def _row(head_dim: int, head_dim_v: int, emulated_pairs: int) -> TileConfig:
 
 # Modelled, not measured (2026-11): no card of the family was at hand. Cycles of an SM for one
 # 128 x 128 tile: 8192 FLOP of MMA, 16 exponentials (sm_103: 32) and 4 warp instructions a cycle.
-# A pair of exponentials on the FMA units costs about ten instructions more than on the MUFU.
+# A pair of exponentials on the FMA units costs about eleven instructions more than on the MUFU.
 FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
         # MMA 512, exponentials 1024 without and 640 with emulation: the more the better, until the
