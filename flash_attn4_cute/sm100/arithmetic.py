@@ -27,13 +27,15 @@ def max3(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
 
 @cute.jit
 def row_max(row: cute.Tensor, start: Float32) -> Float32:
-    """The greatest of `start` and a row of 4 n values: four chains, to overlap their latencies."""
-    chains = [start, -Float32.inf, -Float32.inf, -Float32.inf]
-    step = 2 * len(chains)
-    for i in cutlass.range_constexpr(0, cute.size(row), step):
-        for j in cutlass.range_constexpr(len(chains)):
-            chains[j] = max3(chains[j], row[i + 2 * j], row[i + 2 * j + 1])
-    return max3(chains[0], chains[1], cute.arch.fmax(chains[2], chains[3]))
+    """The greatest of `start` and a row of 2 n values: up to four chains that overlap."""
+    chains = [start] + [-Float32.inf] * (min(4, cute.size(row) // 2) - 1)
+    for i in cutlass.range_constexpr(0, cute.size(row), 2):
+        j = i // 2 % len(chains)
+        chains[j] = max3(chains[j], row[i], row[i + 1])
+    largest = chains[0]
+    for chain in chains[1:]:
+        largest = cute.arch.fmax(largest, chain)
+    return largest
 
 
 def start_sums(start: Float32) -> list:

@@ -50,6 +50,7 @@ class CorrectionRole:
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
                 # O of the tile before has been read: the first P V may overwrite it.
+                fence_before_sync()
                 for tile in cutlass.range_constexpr(NUM_Q_TILES):
                     rings.p.arrive_full("correction", tile)
                 for _ in cutlass.range(work.num_blocks - 1, unroll=1):

@@ -84,15 +84,25 @@ class SoftmaxRole:
                     rS = cute.make_rmem_tensor(BLOCK_N, Float32)
                     rings.s.wait_full(tile, s_phase)
                     fence_after_sync()
-                    TmemRow(tile * BLOCK_N, BLOCK_N, thread).load(rS, LOAD_WIDTH)
-                    wait_loads()
                     corner = (row + thread, n_block * BLOCK_N)
                     rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
-                    if const_expr(steps.any):
-                        steps.apply(rS_mn, places, corner[0], corner[1])
-                    if n_block < full_lo or n_block >= full_hi:
-                        work.mask.apply(rS_mn, places, corner[0], corner[1])
-                    m_new = row_max(rS, m)
+                    tStS = TmemRow(tile * BLOCK_N, BLOCK_N, thread)
+                    masked = n_block < full_lo or n_block >= full_hi
+                    if const_expr(self.cfg.max_on_load and not steps.any):
+                        largest = tStS.load_with_max(rS, LOAD_WIDTH)
+                        wait_loads()
+                        m_new = row_max(largest, m)
+                        if masked:
+                            work.mask.apply(rS_mn, places, corner[0], corner[1])
+                            m_new = row_max(rS, m)
+                    else:
+                        tStS.load(rS, LOAD_WIDTH)
+                        wait_loads()
+                        if const_expr(steps.any):
+                            steps.apply(rS_mn, places, corner[0], corner[1])
+                        if masked:
+                            work.mask.apply(rS_mn, places, corner[0], corner[1])
+                        m_new = row_max(rS, m)
                     # -inf - -inf is NaN and compares false: a row without keys keeps m = -inf.
                     behind = (m_new - m) * scale_log2 > RESCALE_THRESHOLD
                     lag = (m - m_new) * scale_log2 if behind else 0.0
@@ -100,6 +110,8 @@ class SoftmaxRole:
                     m = m_new if behind else m
                     if i > 0:
                         statistics.sFactor[thread, tile] = factor
+                        # The correction may touch O: the products before these scores are done.
+                        fence_before_sync()
                         rings.factor.arrive_full("softmax", tile)
                     # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
                     shift = 0.0 if m == -Float32.inf else m * scale_log2

@@ -159,5 +159,8 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
         _row(128, 128, 2),  # MMA 1024, exponentials 768
         _row(192, 128, 1),  # MMA 1280, exponentials 896
     ),
-    "sm103a": (_row(64, 64, 0), _row(96, 96, 0), _row(128, 128, 0), _row(192, 128, 0)),
+    "sm103a": tuple(
+        replace(_row(*dims, 0), max_on_load=True)
+        for dims in ((64, 64), (96, 96), (128, 128), (192, 128))
+    ),
 }

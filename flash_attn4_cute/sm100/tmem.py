@@ -54,6 +54,14 @@ class TmemRow:
         source = copy.get_slice(self.thread).partition_S(tmem)
         cute.copy(copy, source, self._registers(registers, width))
 
+    def load_with_max(self, registers: cute.Tensor, width: int) -> cute.Tensor:
+        """As `load`; returns the greatest value of each instruction. sm_103 has it, sm_100 not."""
+        copy, tmem = self._tiled_copy(tcgen05.LdRed32x32bOp(tcgen05.Repetition(width)))
+        source = copy.get_slice(self.thread).partition_S(tmem)
+        largest = cute.make_rmem_tensor(((1, 1), 1, self.columns // width), Float32)
+        cute.copy(copy, source, (self._registers(registers, width), largest))
+        return cute.make_tensor(largest.iterator, cute.make_layout(self.columns // width))
+
     def store(self, registers: cute.Tensor, width: int):
         """Write the columns, `width` an instruction; not there before `wait_stores`."""
         copy, tmem = self._tiled_copy(tcgen05.St32x32bOp(tcgen05.Repetition(width)))

@@ -11,14 +11,20 @@ ARCHS = ("sm_100a", "sm_103a")
 STAGES = 4  # slots of the ring of K and V at head dimension 128: two blocks
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_masks(head_dim, window):
-    """Each mask on each width; the cards take turns. A tile and a part of one, grouped heads."""
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "window"),
+    [
+        ("sm_100a", 64, "causal"),
+        ("sm_100a", 128, "full"),
+        ("sm_103a", 64, "window"),
+        ("sm_103a", 128, "left"),
+    ],
+)
+def test_masks(arch, head_dim, window):
+    """A tile and a part of one, grouped heads, under 16 schedules."""
     left, right = WINDOWS[window]
-    arch = ARCHS[(head_dim // 64 + list(WINDOWS).index(window)) % 2]
     question = case(head_dim=head_dim, left=left, right=right, seqlen_q=300, seqlen_k=270)
-    assert_right(question, arch, (0, 1, 2))
+    assert_right(question, arch, range(16))
 
 
 @pytest.mark.parametrize("num_blocks", range(1, 2 * STAGES + 2))
@@ -28,11 +34,10 @@ def test_numbers_of_key_blocks(num_blocks):
     assert_right(case(head_dim=128, heads=1, **sizes), "sm_100a", (num_blocks, num_blocks + 16))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_varlen(arch):
+def test_varlen():
     """Packed sequences of drawn lengths, the last one empty."""
     question = case(varlen=True, batch=4, seqlen_q=300, seqlen_k=400, right=0, dtype=torch.float16)
-    assert_right(question, arch, (0, 6, 7))
+    assert_right(question, "sm_103a", (0, 6, 7))
 
 
 @pytest.mark.parametrize("schedule", [0, 8, 9, 10])
@@ -51,7 +56,7 @@ def test_sizes(sizes):
     assert_right(question, "sm_100a", (0, 5))
 
 
-@pytest.mark.parametrize("head_dims", [(40, 40), (96, 96), (120, 72), (192, 128)])
+@pytest.mark.parametrize("head_dims", [(40, 40), (88, 96), (192, 128)])
 def test_head_dims(head_dims):
     """What TMA fills up to the width of the tiles must not reach the result."""
     head_dim, head_dim_v = head_dims
