@@ -58,7 +58,8 @@ class TileConfig:
     many, and TMA fills up with zeros. K and V take turns in `kv_stages` slots of K's width.
     `emulated_pairs` of every eight pairs of scores take their exponential on the FMA units, always
     the same columns, so that a row's result does not depend on which blocks need a mask.
-    `max_on_load`: `tcgen05.ld.red` returns the row maximum with the scores (sm_103).
+    `max_on_load`: `tcgen05.ld.red` returns the row maximum with the scores (sm_103). `stack_bytes`
+    is the most that ptxas may spill a thread.
     """
 
     head_dim: int
@@ -66,6 +67,7 @@ class TileConfig:
     kv_stages: int
     emulated_pairs: int
     max_on_load: bool = False
+    stack_bytes: int = 0
     registers: RegisterBudget = RegisterBudget(softmax=192, correction=80, other=48)
     roles: WarpRoles = WarpRoles()
 
@@ -103,11 +105,6 @@ class TileConfig:
         head = -(-(BARRIER_BYTES + statistics) // ALIGNMENT) * ALIGNMENT
         return head + q + kv + staged
 
-    @property
-    def stack_bytes(self) -> int:
-        """The most that ptxas may spill a thread."""
-        return 0
-
     def holds(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether tensors of these head dimensions fit into the tiles."""
         return head_dim <= self.head_dim and head_dim_v <= self.head_dim_v
@@ -135,13 +132,14 @@ class TileConfig:
         assert all(n % 8 == 0 for n in (r.softmax, r.correction, r.other))
 
 
-def _row(head_dim: int, head_dim_v: int, emulated_pairs: int) -> TileConfig:
+def _row(head_dim: int, head_dim_v: int, emulated_pairs: int, stack_bytes: int = 0) -> TileConfig:
     """A row with as many slots as there is room for."""
     row = TileConfig(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         kv_stages=MAX_STAGES,
         emulated_pairs=emulated_pairs,
+        stack_bytes=stack_bytes,
     )
     excess = max(0, row.smem_bytes - SMEM_LIMIT)
     return replace(row, kv_stages=MAX_STAGES - -(-excess // row.slot_bytes))
@@ -154,10 +152,10 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
         # MMA 512, exponentials 1024 without and 640 with emulation: the more the better, until the
         # issue slots of the softmax warps, about 700, are what bounds the tile.
-        _row(64, 64, 3),
+        _row(64, 64, 3, stack_bytes=16),
         _row(96, 96, 3),
-        _row(128, 128, 2),  # MMA 1024, exponentials 768
-        _row(192, 128, 1),  # MMA 1280, exponentials 896
+        _row(128, 128, 2, stack_bytes=48),  # MMA 1024, exponentials 768
+        _row(192, 128, 1, stack_bytes=136),  # MMA 1280, exponentials 896
     ),
     "sm103a": tuple(
         replace(_row(*dims, 0), max_on_load=True)
