@@ -87,7 +87,7 @@ class MmaRole:
         steps = range(self.products.cfg.head_dim // STEP)
         q, k = (self.q, self.q.lower(tile)), (self.k, self.k.lower(slot))
         with cute.arch.elect_one():
-            multiply(self.tmem.s[tile], q, k, steps, instruction, 0)
+            multiply((self.tmem.s[tile], instruction), q, k, steps, 0)
             self.rings.s.commit_full("mma", tile)
 
     @cute.jit
@@ -105,4 +105,4 @@ class MmaRole:
         instruction = self.products.instruction(self.products.cfg.head_dim_v, True)
         v = (self.v, self.v.lower(slot))
         with cute.arch.elect_one():
-            multiply(self.tmem.o[tile], self.tmem.p[tile], v, steps, instruction, accumulate)
+            multiply((self.tmem.o[tile], instruction), self.tmem.p[tile], v, steps, accumulate)

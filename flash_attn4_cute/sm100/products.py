@@ -89,14 +89,14 @@ class Products:
 
 
 @dsl_user_op
-def multiply(d: int, a, b, steps: range, instruction: int, accumulate, *, loc=None, ip=None):
+def multiply(target: tuple[int, int], a, b, steps: range, accumulate, *, loc=None, ip=None):
     """D = A B, or D += A B, over some steps of 16; by one thread, done when committed.
 
-    d: column of tensor memory. a: the column where A begins, or (operand, lower word) of its
-    descriptor; b: such a pair. All of it is one piece of assembly with the offsets of the steps
-    inside.
+    target: D's column of tensor memory, and the instruction descriptor. a: the column where A
+    begins, or (operand, lower word) of its descriptor; b: such a pair. All of it is one piece of
+    assembly, with the offsets of the steps inside.
     """
-    in_tmem = isinstance(a, int)
+    (d, instruction), in_tmem = target, isinstance(a, int)
     operands = [0 if in_tmem else a[1], b[1], accumulate]
     lines = [
         ".reg .pred add;\n.reg .b64 a, b;\n.reg .b32 d, left, lower;",
