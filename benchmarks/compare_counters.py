@@ -91,9 +91,7 @@ def per_tile(role: Role, tiles: int) -> dict[str, float]:
     numbers |= {f"{name} bytes": role.bytes[name] for name in ("shared", "tmem")}
     numbers["waits"] = role.waits
     # Each warp belongs to one of the schedulers: the busiest counts.
-    numbers["busiest"] = (
-        sum(role.slots.values()) / max(1, len(role.warps)) * -(-len(role.warps) // SCHEDULERS)
-    )
+    numbers["busiest"] = slots / len(role.warps) * -(-len(role.warps) // SCHEDULERS)
     return {name: round(number / tiles, 2) for name, number in numbers.items()}
 
 
@@ -114,10 +112,7 @@ def cycles(found: Count, arch: str, case: Case) -> dict[str, float]:
     tensor = 2 * BLOCK * BLOCK * (case.head_dim + case.head_dim_v) / MMA_FLOPS
     mufu = sum(role["mufu"] for role in found.roles.values()) * WARP / EXPONENTIALS[arch]
     issue = sum(role["busiest"] for role in found.roles.values())
-    # The MMA reads Q, K and V from shared memory, P from tensor memory.
-    operands = 2 * BLOCK * (2 * case.head_dim + case.head_dim_v)
-    moved = sum(role["shared bytes"] for role in found.roles.values())
-    memory = (operands + moved) / SMEM_BYTES
+    memory = sum(role["shared bytes"] for role in found.roles.values()) / SMEM_BYTES
     units = {"tensor": tensor, "exp2": mufu, "issue": issue, "shared": memory}
     return {"bound": max(units.values())} | units
 

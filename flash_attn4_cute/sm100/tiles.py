@@ -146,16 +146,17 @@ def _row(head_dim: int, head_dim_v: int, emulated_pairs: int, stack_bytes: int =
 
 
 # Modelled, not measured (2026-11): no card of the family was at hand. Cycles of an SM for one
-# 128 x 128 tile: 8192 FLOP of MMA, 16 exponentials (sm_103: 32) and 4 warp instructions a cycle.
-# A pair of exponentials on the FMA units costs about eleven instructions more than on the MUFU.
+# 128 x 128 tile, dense / causal at 1024 tokens, from benchmarks/compare_counters.py: tensor core,
+# exponentials, issue slots. A pair of exponentials on the FMA units costs eleven slots a warp.
 FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
-        # MMA 512, exponentials 1024 without and 640 with emulation: the more the better, until the
-        # issue slots of the softmax warps, about 700, are what bounds the tile.
-        _row(64, 64, 3, stack_bytes=16),
-        _row(96, 96, 3),
-        _row(128, 128, 2, stack_bytes=48),  # MMA 1024, exponentials 768
-        _row(192, 128, 1, stack_bytes=136),  # MMA 1280, exponentials 896
+        # 512, 780, 790 / 512, 850, 1035; with 3 pairs of 8: 512, 650, 874 / 512, 724, 1121
+        _row(64, 64, 2, stack_bytes=16),
+        _row(96, 96, 2, stack_bytes=16),
+        # 1024, 906, 745 / 1024, 995, 1016; with 2 pairs of 8: 1024, 778, 833 / 1024, 866, 1104
+        _row(128, 128, 1, stack_bytes=48),
+        # 1280, 1034, 670 / 1280, 1136, 930
+        _row(192, 128, 0, stack_bytes=136),
     ),
     "sm103a": tuple(
         replace(_row(*dims, 0), max_on_load=True)
