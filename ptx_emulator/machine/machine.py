@@ -163,9 +163,9 @@ class Machine:
                 if not self.queue.run_one():
                     return
                 continue
-            if self.scheduler.lets_async_run():
-                self.queue.run_one()
-            gang = self.scheduler.choose(ready)
+            if self.scheduler.lets_async_run() and self.queue.run_one():
+                continue  # it may have woken who comes first
+            gang = self.scheduler.next_gang(ready)
             self._merge(gang, ready)
             try:
                 used_up = self._run_gang(gang)
@@ -222,6 +222,8 @@ class Machine:
             if following == BLOCKED:  # or parted: the rest goes on later
                 return False
             gang.arrive_at(following)
+            if self.program.flow.blocks[pc].signals and self.scheduler.pauses():
+                return False
         return True
 
     # ---- saying what went wrong ----

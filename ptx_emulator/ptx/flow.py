@@ -28,6 +28,7 @@ class Block:
     targets: tuple[int, ...] = ()
     reconverge: int = -1
     waits: bool = False  # its last instruction may have to wait
+    signals: bool = False  # ends with an instruction that tells others something
     spins: bool = False  # a loop around an mbarrier test and nothing else
     region_waits: bool = False  # something between its branch and the reconvergence point waits
     live_in: frozenset[int] = frozenset()
@@ -104,6 +105,14 @@ def registers(operand: Operand | None) -> Iterator[Reg]:
                 yield from registers(coord)
 
 
+def signals(instruction: Instruction) -> bool:
+    """Whether others may go on because of it: a schedule may pause a warp behind it."""
+    name, has = instruction.opcode, instruction.has
+    if name in ("mbarrier", "bar", "barrier"):
+        return has("arrive")
+    return name == "tcgen05" and has("commit")
+
+
 def analyse(kernel: Kernel) -> Flow:
     """The flow graph of a kernel."""
     flow = Flow(kernel, _cut(kernel))
@@ -124,7 +133,7 @@ def _cut(kernel: Kernel) -> list[Block]:
     for at, instruction in enumerate(code):
         if may_wait(instruction):  # alone in its block: a warp that waited starts it again
             leaders.update((at, at + 1))
-        elif instruction.opcode in ("bra", "ret", "exit"):
+        elif instruction.opcode in ("bra", "ret", "exit") or signals(instruction):
             leaders.add(at + 1)
     starts = sorted(at for at in leaders if at < len(code))
     number = {start: index for index, start in enumerate(starts)}
@@ -144,7 +153,7 @@ def _cut(kernel: Kernel) -> list[Block]:
             block.branch = last if last.guard is not None else None
             block.targets = (goal,) if last.guard is None else (goal, after)
         else:
-            block.waits = may_wait(last)
+            block.waits, block.signals = may_wait(last), signals(last)
             block.targets = (after,)
         blocks.append(block)
     return blocks
