@@ -57,12 +57,22 @@ def run_alloc(g: Gang, address: Any, columns: Any, group: int, where: Any, mask:
     if len(warps) > 1:
         raise Unmodelled("tcgen05.alloc by several warps at once")
     memory, wanted = tensor_memory(g.cta), at_lane(columns, 32 * warps[0])
-    first = memory.allocate(wanted, group)
+    first = memory.promised.pop(0) if memory.promised else _allocate(g, memory, wanted, group)
     if first is None:
         memory.waiting.append(g)
         return g.block(here, f"{wanted} columns of tensor memory")
     store_shared(g, np.uint32(at_lane(address, 32 * warps[0])), (np.uint32(first),), None)
     return after
+
+
+def _allocate(g: Gang, memory: TensorMemory, wanted: int, group: int) -> int | None:
+    """Columns for this CTA; a pair's are allocated in both of its CTAs at once."""
+    first = memory.allocate(wanted, group)
+    if first is not None and group == 2 and len(g.cta.peers) > 1:
+        other = tensor_memory(g.cta.peers[g.cta.rank ^ 1])
+        promised = other.allocate(wanted, group)
+        other.promised += [] if promised is None else [promised]
+    return first
 
 
 @instruction("tcgen05.dealloc")

@@ -40,6 +40,7 @@ class TensorMemory:
     )
     allocated: dict[int, tuple[int, int]] = field(default_factory=dict)  # first: (columns, group)
     relinquished: bool = False
+    promised: list[int] = field(default_factory=list)  # the peer of a pair has allocated them
     flights: list[tuple[AsyncOp, Region, bool]] = field(default_factory=list)  # True: it writes
     stores: dict[int, list[AsyncOp]] = field(default_factory=dict)  # of each warp, not waited for
     pipes: dict[int, AsyncOp] = field(default_factory=dict)  # newest operation of each warp
