@@ -241,11 +241,18 @@ def _late_waits(text: list[str]) -> Iterator[Fault]:
             if _SIGNAL.search(text[after]) or _BARRIER.search(text[after]):
                 skipped = any(re.search(r"@%p\d+ bra", other) for other in text[at:after])
                 labels = (n for n in range(after, after + 6) if text[n].startswith("$L"))
-                end = next(labels, after) if skipped else after
+                end = next(labels, after) if skipped else _last_signal(text, after)
                 yield Fault("swapped order", end, (text[end], line.strip()), (at,))
                 break
             if _ORDERED.search(text[after]):
                 break
+
+
+def _last_signal(text: list[str], at: int) -> int:
+    """The last of the signals that follow each other from line `at` on."""
+    while any(_SIGNAL.search(line) for line in text[at + 1 : at + 2]):
+        at += 1
+    return at
 
 
 def _swapped(text: list[str]) -> Iterator[Fault]:

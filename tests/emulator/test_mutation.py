@@ -1,16 +1,21 @@
 """Seeded faults: a sample of each kind in upstream's sm_100a kernel and in ours is noticed.
 
-`python -m ptx_emulator.cli.faults` tries more of them.
+`python -m ptx_emulator.cli.faults` tries more of them; its last report is kept, and
+docs/emulator.md says why what survived there did.
 """
 
 import functools
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 
 from ptx_emulator import mutation
 from ptx_emulator.cli.faults import SUBJECTS, Campaign
 
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "benchmarks" / "results" / "2026-11-29-emulator-faults.json"
 SCHEDULES = 16
 TRIED = ("upstream-sm100a", "ours-sm120a", "ours-sm120a-varlen")
 
@@ -39,3 +44,17 @@ def test_places(name):
     """Enough places and kinds of faults are known in each kernel."""
     found = campaign(name).faults()
     assert len(found) >= 60 and len({fault.kind for fault in found}) >= 10
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_report(name):
+    """What is on record: enough faults of enough kinds, 95 % noticed, each survivor explained."""
+    report = json.loads(REPORT.read_text())["subjects"][name]
+    assert report["schedules"] <= SCHEDULES
+    assert report["faults"] >= (50 if name.endswith("varlen") else 60)
+    assert len(report["kinds"]) >= 10
+    assert report["caught"] >= 0.95 * report["faults"]
+    explained = (ROOT / "docs" / "emulator.md").read_text()
+    for survivor in report["survivors"]:
+        row = f"| {name} | {survivor['kind']} | {survivor['line']} |"
+        assert row in explained, f"not explained: {row}"
