@@ -150,12 +150,12 @@ def _row(head_dim: int, head_dim_v: int, emulated_pairs: int, stack_bytes: int =
 # exponentials, issue slots. A pair of exponentials on the FMA units costs eleven slots a warp.
 FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
-        # 512, 780, 790 / 512, 850, 1035; with 3 pairs of 8: 512, 650, 874 / 512, 724, 1121
+        # 512, 778, 783 / 512, 866, 1018; with 3 pairs of 8: 512, 650, 874 / 512, 724, 1121
         _row(64, 64, 2, stack_bytes=16),
         _row(96, 96, 2, stack_bytes=16),
-        # 1024, 906, 745 / 1024, 995, 1016; with 2 pairs of 8: 1024, 778, 833 / 1024, 866, 1104
+        # causal 1024, 1008, 1002; with 2 pairs of 8: 1024, 778, 833 / 1024, 866, 1104
         _row(128, 128, 1, stack_bytes=48),
-        # 1280, 1034, 670 / 1280, 1136, 930
+        # causal 1280, 1150, 912
         _row(192, 128, 0, stack_bytes=136),
     ),
     "sm103a": tuple(
