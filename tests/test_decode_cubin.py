@@ -49,7 +49,7 @@ def test_shared_memory_fits_the_card(compiled):
     for name, (key, _, kernels) in compiled.items():
         for used in kernels:
             static = max(0, used["SHARED"] - SMEM_RESERVED)
-            assert static + key.cfg.smem_bytes <= SMEM_LIMIT, name
+            assert static + key.cfg.smem_bytes <= SMEM_LIMIT["sm120"], name
 
 
 def test_every_kernel_carries_its_rings(compiled):
