@@ -87,7 +87,7 @@ def store(key: Any, compiled: Any) -> None:
         mine.replace(entry.with_suffix(".o"))
         mine.write_text(vouch)
         mine.replace(entry.with_suffix(".json"))
-    except OSError as error:
+    except Exception as error:  # the kernel is compiled: the call goes on whatever happened here
         logger.warning("cannot write to the cache %s: %s", entry.parent, error)
         with contextlib.suppress(OSError):
             mine.unlink(missing_ok=True)

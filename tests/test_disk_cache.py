@@ -123,6 +123,19 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, caplog):
     assert "cannot write" in caplog.text
 
 
+def test_a_kernel_that_cannot_be_exported(folder, caplog):
+    """The call that compiled it goes on, and nothing is left behind."""
+
+    class Stubborn:
+        def export_to_c(self, path: str, name: str) -> None:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("no object for you")
+
+    disk_cache.store(KEY, Stubborn())
+    assert "no object for you" in caplog.text
+    assert not list(folder.iterdir())
+
+
 def test_jit_forbidden(folder, monkeypatch):
     pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
     monkeypatch.setenv("FLASH_ATTN_4_JIT", "0")
