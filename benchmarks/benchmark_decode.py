@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .common import RESULTS, build_kernel, table, write_json
-from .decode_peers import PEERS, DecodeProblem, time_replays
+from .common import RESULTS, build_kernel, table, time_events, write_json
+from .decode_peers import PEERS, DecodeProblem
 from .peers import OURS, Server, start_servers
 
 WRONG = 0.02  # more than bf16 noise between two exact kernels on normal inputs
@@ -60,7 +60,7 @@ def copy_terabytes() -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         target.copy_(source)
-    return 2 * COPY_BYTES / median(time_replays(graph, 100.0)) / 1e9
+    return 2 * COPY_BYTES / median(time_events(graph.replay, 100.0)) / 1e9
 
 
 def measure(problem: DecodeProblem, servers: list[Server], rounds: int, milliseconds: float):

@@ -83,9 +83,17 @@ def time_cuda(call: Callable[[], Any], milliseconds: float) -> list[float]:
     import torch
 
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return time_events(call, milliseconds, flush.zero_)
+
+
+def time_events(
+    call: Callable[[], Any], milliseconds: float, before: Callable[[], Any] = lambda: None
+) -> list[float]:
+    """Milliseconds of `call` by CUDA events, `before` outside of them, for about so long."""
+    import torch
 
     def one():
-        flush.zero_()
+        before()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()

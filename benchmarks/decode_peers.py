@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .common import L2_FLUSH_BYTES, load_kernel
+from .common import L2_FLUSH_BYTES, load_kernel, time_events
 from .peers import OURS, sdpa, serve
 from .peers import upstream as upstream_forward
 
@@ -141,28 +141,8 @@ def _measure(call: Callable, request: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad(), torch.cuda.graph(graph):
         for cache in calls:
             call(cache)
-    samples = time_replays(graph, request["milliseconds"])
+    samples = time_events(graph.replay, request["milliseconds"])
     return {"us": [1e3 * ms / len(calls) for ms in samples], "error_vs_fa2": error}
-
-
-def time_replays(graph: Any, milliseconds: float) -> list[float]:
-    """Milliseconds of single replays by CUDA events, for about so long."""
-    import torch
-
-    def one():
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        return start, end
-
-    for _ in range(3):
-        start, end = one()
-    torch.cuda.synchronize()
-    count = max(5, min(1000, int(milliseconds / max(start.elapsed_time(end), 1e-3))))
-    pairs = [one() for _ in range(count)]
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
 
 
 if __name__ == "__main__":

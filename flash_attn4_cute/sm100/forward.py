@@ -19,8 +19,9 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
 from ..common.scheduler import TileScheduler
+from ..common.tma import TmaOperand, rows_first, smem_layout
 from .correction import CorrectionRole
-from .load import LoadRole, TmaOperand
+from .load import LoadRole
 from .mma import MmaRole
 from .products import Products, SmemOperand, smem_address, swizzle_columns
 from .rings import Rings
@@ -37,8 +38,6 @@ from .tiles import (
 )
 from .tmem import TmemMap
 from .work import WorkQueue
-
-SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of one atom: 128, 64 and 32 bytes
 
 
 class ForwardSm100:
@@ -76,7 +75,7 @@ class ForwardSm100:
 
     def tma_load(self, mX: cute.Tensor, rows: int, columns: int):
         """The copy atom and TMA tensor that load (rows, columns) blocks of mX."""
-        layout = cute.slice_(smem_layout(rows, columns, 1), (None, None, 0))
+        layout = cute.slice_(slots(rows, columns, 1), (None, None, 0))
         op = cpasync.CopyBulkTensorTileG2SOp()
         return cpasync.make_tiled_tma_atom(op, mX, layout, (rows, columns))
 
@@ -88,8 +87,8 @@ class ForwardSm100:
         tail_barrier = smem.allocate_array(cutlass.Int64, 1)
         tmem_address = smem.allocate_array(Int32, 1)
         statistics = Statistics(*(self.allocate_statistic(smem) for _ in range(3)))
-        q_layout = smem_layout(BLOCK_M, cfg.head_dim, NUM_Q_TILES)
-        kv_layout = smem_layout(BLOCK_N, cfg.head_dim, cfg.kv_stages)
+        q_layout = slots(BLOCK_M, cfg.head_dim, NUM_Q_TILES)
+        kv_layout = slots(BLOCK_N, cfg.head_dim, cfg.kv_stages)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, ALIGNMENT, swizzle=q_layout.inner)
         sK = smem.allocate_tensor(self.dtype, kv_layout.outer, ALIGNMENT, swizzle=kv_layout.inner)
         sV = cute.local_tile(sK, (BLOCK_N, cfg.head_dim_v, cfg.kv_stages), (0, 0, 0))
@@ -176,18 +175,6 @@ class ForwardSm100:
         cute.arch.dealloc_tmem(pointer, TMEM_COLUMNS)
 
 
-def smem_layout(rows: int, columns: int, slots: int) -> cute.ComposedLayout:
-    """(rows, columns, slots) in swizzle atoms of 8 rows, as `SmemOperand` describes them."""
-    width = swizzle_columns(columns)
-    atom = cute.make_composed_layout(
-        cute.make_swizzle(SWIZZLE_BITS[width], 4, 3),
-        0,
-        cute.make_layout((8, width), stride=(width, 1)),
-    )
-    return cute.tile_to_shape(atom, (rows, columns, slots), order=(0, 1, 2))
-
-
-def rows_first(mX: cute.Tensor) -> cute.Tensor:
-    """(b, s, h, d) as (s, d, h, b); (total, h, d) as (total, d, h)."""
-    mode = [1, 3, 2, 0] if cute.rank(mX) == 4 else [0, 2, 1]
-    return cute.make_tensor(mX.iterator, cute.select(mX.layout, mode=mode))
+def slots(rows: int, columns: int, number: int) -> cute.ComposedLayout:
+    """(rows, columns, number) as `SmemOperand` describes it."""
+    return smem_layout(rows, columns, number, swizzle_columns(columns))

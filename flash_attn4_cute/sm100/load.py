@@ -5,40 +5,14 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
-from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
+from ..common.tma import TmaOperand
 from .rings import Cursor, Rings
 from .tiles import BLOCK_M, BLOCK_N, ELEMENT_BYTES, NUM_Q_TILES, WARP_SIZE, TileConfig
 from .work import WorkQueue
 
 CLEAR_ELEMENTS = 8  # 16 bytes a store
-
-
-@dataclass(frozen=True)
-class TmaOperand:
-    """A copy atom, the tensor it reads as (rows, d, heads[, batch]), and where its tiles land."""
-
-    atom: cute.CopyAtom
-    mX: cute.Tensor
-    sX: cute.Tensor  # (rows, d, slots)
-
-    @cute.jit
-    def tiles(self, head: Int32, batch: Int32, offset: Int32):
-        """Slots in shared memory and tiles in global memory of one head of one sequence."""
-        if const_expr(cute.rank(self.mX) == 4):
-            mX = cute.domain_offset((offset, 0), self.mX[None, None, head, batch])
-        else:
-            mX = cute.domain_offset((offset, 0), self.mX[None, None, head])
-        shape = (cute.size(self.sX, mode=[0]), cute.size(self.sX, mode=[1]))
-        gX = cute.local_tile(mX, shape, (None, 0))
-        return cpasync.tma_partition(
-            self.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(self.sX, 0, 2),
-            cute.group_modes(gX, 0, 2),
-        )
 
 
 @dataclass(frozen=True)

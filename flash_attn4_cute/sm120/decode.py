@@ -24,6 +24,7 @@ from ..combine import CombineKernel
 from ..common.fragments import rows_and_columns
 from ..common.kv import DenseKv, KvTile, PagedKv
 from ..common.softmax import OnlineSoftmax
+from ..common.tma import rows_first
 from ..decode_arguments import CombineArgs, DecodeArgs
 from ..decode_tiles import STAGING_PAD, DecodeConfig
 from .decode_compute import DecodeComputeRole, SliceMma
@@ -31,7 +32,6 @@ from .decode_fp8 import Fp8SliceMma
 from .decode_load import DecodeLoadRole
 from .decode_merge import WarpMerge
 from .decode_work import DecodeGrid, DecodeWork
-from .forward import rows_first
 
 
 class DecodeSm120:

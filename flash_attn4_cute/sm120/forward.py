@@ -22,11 +22,10 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
 from ..common.scheduler import TileScheduler
+from ..common.tma import TmaOperand, rows_first, smem_layout
 from ..tiles import TileConfig
 from .compute import ComputeRole
-from .load import LoadRole, TmaOperand
-
-SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of one atom: 128, 64 and 32 bytes
+from .load import LoadRole
 
 
 class ForwardSm120:
@@ -59,14 +58,8 @@ class ForwardSm120:
         )
 
     def smem_layout(self, rows: int, stages: int) -> cute.ComposedLayout:
-        """(rows, d, stages) with d contiguous, swizzled so that ldmatrix meets no bank twice."""
-        columns = self.cfg.swizzle_elements
-        atom = cute.make_composed_layout(
-            cute.make_swizzle(SWIZZLE_BITS[columns], 4, 3),
-            0,
-            cute.make_layout((8, columns), stride=(columns, 1)),
-        )
-        return cute.tile_to_shape(atom, (rows, self.cfg.head_dim, stages), order=(0, 1, 2))
+        """(rows, d, stages) as `ldmatrix` reads it."""
+        return smem_layout(rows, self.cfg.head_dim, stages, self.cfg.swizzle_elements)
 
     def tma_load(self, mX: cute.Tensor, rows: int):
         """The copy atom and TMA tensor that load (rows, d) blocks of mX.
@@ -134,9 +127,3 @@ class ForwardSm120:
                 kv_consumer,
                 scheduler,
             ).run(args)
-
-
-def rows_first(mX: cute.Tensor) -> cute.Tensor:
-    """(b, s, h, d) as (s, d, h, b); (total, h, d) as (total, d, h)."""
-    mode = [1, 3, 2, 0] if cute.rank(mX) == 4 else [0, 2, 1]
-    return cute.make_tensor(mX.iterator, cute.select(mX.layout, mode=mode))

@@ -5,41 +5,15 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
-from cutlass.cute.nvgpu import cpasync
+from cutlass import Constexpr, Int32
 
 from ..arguments import ForwardArgs
 from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
 from ..common.seqlen import SeqlenInfo
+from ..common.tma import TmaOperand
 from ..tiles import TileConfig
-
-
-@dataclass(frozen=True)
-class TmaOperand:
-    """A copy atom, the tensor it reads as (rows, d, heads[, batch]), and where its tiles land."""
-
-    atom: cute.CopyAtom
-    mX: cute.Tensor
-    sX: cute.Tensor  # (block, d, stages)
-
-    @cute.jit
-    def tiles(self, head: Int32, batch: Int32, offset: Int32):
-        """Shared-memory slots and global tiles of one head of one sequence, ready to copy."""
-        if const_expr(cute.rank(self.mX) == 4):
-            mX = cute.domain_offset((offset, 0), self.mX[None, None, head, batch])
-        else:
-            mX = cute.domain_offset((offset, 0), self.mX[None, None, head])
-        shape = (cute.size(self.sX, mode=[0]), cute.size(self.sX, mode=[1]))
-        gX = cute.local_tile(mX, shape, (None, 0))
-        return cpasync.tma_partition(
-            self.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(self.sX, 0, 2),
-            cute.group_modes(gX, 0, 2),
-        )
 
 
 @dataclass(frozen=True)
