@@ -1,6 +1,6 @@
 """Decode speed: one query token against a cache, ours beside PyTorch's FA2 and cuDNN and upstream.
 
-usage: python -m benchmarks.benchmark_decode [--peers [NAME ...]] [--splits N ...] [--quick]
+usage: python benchmarks/benchmark_decode.py [--peers [NAME ...]] [--splits N ...] [--quick]
 
 bf16, the last cells with an e4m3 cache, random data. Each figure is the median of replays of a CUDA
 graph that holds at least eight calls, on caches that together are larger than the L2, so that each
@@ -10,16 +10,26 @@ everything goes to benchmarks/results/.
 """
 
 import argparse
+import math
+import runpy
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+if not __package__:  # run as a file: the same as python -m
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    runpy.run_module(f"benchmarks.{Path(__file__).stem}", run_name="__main__", alter_sys=True)
+    sys.exit()
+
 
 import torch
 
 from .common import RESULTS, build_kernel, table, time_events, write_json
 from .decode_peers import PEERS, DecodeProblem
 from .peers import OURS, Server, start_servers
+from .plot import bars
 
 WRONG = 0.02  # more than bf16 noise between two exact kernels on normal inputs
 COPY_BYTES = 1 << 30
@@ -136,8 +146,16 @@ def main() -> None:
         print(f"{problem}: {times}", flush=True)
     for server in servers:
         server.close()
-    write_json(options.output or RESULTS / "decode.json", rows, copy_terabytes_per_s=ceiling)
-    print_table(rows, [server.name for server in servers], ceiling)
+    output = options.output or RESULTS / "decode.json"
+    write_json(output, rows, copy_terabytes_per_s=ceiling)
+    names = [server.name for server in servers]
+    labels = [str(DecodeProblem(**row["problem"])) for row in rows]
+    figures = {
+        name: [row["measured"][name].get("terabytes_per_s", math.nan) for row in rows]
+        for name in names
+    }
+    bars(output.with_suffix(".png"), labels, figures, "TB/s")
+    print_table(rows, names, ceiling)
     raise SystemExit(failed(rows))
 
 

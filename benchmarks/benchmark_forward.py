@@ -1,6 +1,6 @@
 """Prefill speed: ours beside PyTorch's FA2 and cuDNN, upstream FlashAttention-4 and fastflash.
 
-usage: python -m benchmarks.benchmark_forward [--peers [NAME ...]] [--ceiling TFLOPS] [--quick]
+usage: python benchmarks/benchmark_forward.py [--peers [NAME ...]] [--ceiling TFLOPS] [--quick]
 
 Random data, median of single launches timed by CUDA events with a cold L2, in rounds that visit
 every implementation in turn, so that clocks and heat are the same for all. The answers are compared
@@ -8,15 +8,25 @@ with PyTorch's FA2 on the same data. The table comes last; everything goes to be
 """
 
 import argparse
+import math
+import runpy
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+if not __package__:  # run as a file: the same as python -m
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    runpy.run_module(f"benchmarks.{Path(__file__).stem}", run_name="__main__", alter_sys=True)
+    sys.exit()
+
+
 import torch
 
 from .common import RESULTS, Problem, build_kernel, prefill_grid, table, write_json
 from .peers import OURS, PEERS, Server, prepare, start_servers
+from .plot import bars
 
 WRONG = 0.05  # more than bf16 noise between two exact kernels on normal inputs
 
@@ -130,7 +140,13 @@ def main() -> None:
         server.close()
     output = options.output or RESULTS / "forward.json"
     write_json(output, rows, ceiling_tflops=options.ceiling)
-    print_table(rows, [server.name for server in servers])
+    names = [server.name for server in servers]
+    labels = [str(problem) for problem in problems]
+    figures = {
+        name: [row["measured"][name].get("tflops", math.nan) for row in rows] for name in names
+    }
+    bars(output.with_suffix(".png"), labels, figures, "TFLOP/s")
+    print_table(rows, names)
     raise SystemExit(failed(rows))
 
 

@@ -1,6 +1,6 @@
 """What a call costs before any kernel runs: host time to issue it, and the first call of a process.
 
-usage: python -m benchmarks.benchmark_host [--device cuda] [--peers]
+usage: python benchmarks/benchmark_host.py [--device cuda] [--peers]
 
 Host time: a small problem issued many times without waiting for the device; the best of several
 repeats, since everything else on the host only adds. First call: a fresh process each time, split
@@ -9,11 +9,18 @@ into importing, loading the kernel, the first call of a shape and the second.
 
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+if not __package__:  # run as a file: the same as python -m
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    runpy.run_module(f"benchmarks.{Path(__file__).stem}", run_name="__main__", alter_sys=True)
+    sys.exit()
+
 
 from .common import RESULTS, ROOT, Problem, build_kernel, table, write_json
 from .peers import OURS, start_servers

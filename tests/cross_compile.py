@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
+from flash_attn4_cute.append_plan import AppendKey
 from flash_attn4_cute.decode_plan import DecodeKey
 from flash_attn4_cute.decode_tiles import decode_rows
 from flash_attn4_cute.plan import ForwardKey, forward_rows
@@ -81,10 +82,31 @@ def decode_keys(variant: str) -> dict[str, DecodeKey]:
     return found
 
 
+def append_keys(variant: str) -> dict[str, AppendKey]:
+    """Both rotary layouts, vectors and single elements, a packed and paged cache, fp8."""
+    plain = {
+        "dtype": torch.bfloat16, "head_dim": 128, "head_dim_v": 128, "rotary_dim": 0,
+        "interleaved": False, "vector": 8, "packed_new": False, "packed_q": False, "paged": False,
+        "has_batch_idx": False,
+    }  # fmt: skip
+    packed = {"packed_new": True, "packed_q": True, "paged": True}
+    choices = {
+        "plain": {},
+        "halves": {"rotary_dim": 128} | packed,
+        "interleaved": {"rotary_dim": 64, "interleaved": True, "has_batch_idx": True},
+        "elements": {"rotary_dim": 20, "vector": 1, "dtype": torch.float16} | packed,
+        "fp8": {"rotary_dim": 128, "fp8": True, "has_k_descale": True, "has_v_descale": True},
+    }
+    return {
+        f"{variant}_append_{name}": AppendKey(variant=variant, **(plain | choice))
+        for name, choice in choices.items()
+    }
+
+
 def main(variant: str, directory: Path, kernels: str = "forward") -> None:
     from flash_attn4_cute.compiler import compile_kernel
 
-    wanted = {"forward": keys, "decode": decode_keys}[kernels](variant)
+    wanted = {"forward": keys, "decode": decode_keys, "append": append_keys}[kernels](variant)
     for name, key in wanted.items():
         kernel = compile_kernel(key)
         (directory / f"{name}.ptx").write_text(kernel.__ptx__)
