@@ -22,8 +22,8 @@ def card():
     return store.load(DATA / "programs.xz") | store.load(DATA / "kernels.xz")
 
 
-# Newer than what a card was asked last; `python -m tests.golden.record FOLDER --missing` asks it.
-UNRECORDED = re.compile("TMA store|cp.reduce|e4m3 (normal|spread)|half as wide|of zeros")
+# A store that starts before the tensor ended in CUDA_ERROR_ILLEGAL_INSTRUCTION on the H200, twice.
+UNRECORDED = re.compile("TMA store .*, before the start")
 
 
 def test_everything_was_recorded(card):

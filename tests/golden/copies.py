@@ -183,8 +183,10 @@ def stores() -> None:
             )
         fill += "fence.proxy.async.shared::cta;\nbar.sync 0;\n"
         store = "mov.b64 %rd11, map;\ncvta.param.u64 %rd11, %rd11;\n"
+        column, row = at.split(", ")
+        store += f"mov.b32 %r43, {column};\nmov.b32 %r44, {row};\n"
         store += "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group "
-        store += f"[%rd11, {{{at}}}], [%r1+{1024 + offset}];\n"
+        store += f"[%rd11, {{%r43, %r44}}], [%r1+{1024 + offset}];\n"
         store += "cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\n"
         map_ = Map((INNER, ROWS), (2 * INNER,), (SPAN[swizzle], 4), swizzle, over_target=True)
         add(
