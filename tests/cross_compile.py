@@ -26,7 +26,7 @@ from flash_attn4_cute.rules import BandRule
 
 VARIANTS = ("sm90a", "sm100a", "sm103a", "sm120a", "sm121a")
 # The tcgen05 kernels differ in little but widths and take long to compile: these stand for all.
-HEAD_DIMS = {"sm100a": (64, 128, 192), "sm103a": (96, 128)}
+HEAD_DIMS = {"sm100a": (64, 128, 192, 256), "sm103a": (96, 128)}
 
 
 def keys(variant: str) -> dict[str, ForwardKey]:

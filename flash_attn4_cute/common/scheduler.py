@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Constexpr, Int32, const_expr
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ class TileScheduler:
         return self.num_m_blocks * self.num_heads.divisor * self.num_batch.divisor
 
     @cute.jit
-    def index(self, turn: Int32) -> Int32:
-        """Rank of the tile of this CTA in round `turn`; with no tile left, num_tiles or more."""
+    def index(self, turn: Int32, ctas: Constexpr[int] = 1) -> Int32:
+        """Rank of the tile of this CTA in round `turn`; with no tile left, num_tiles or more.
+
+        `ctas` CTAs that follow each other take a tile together.
+        """
         grid, _, _ = cute.arch.grid_dim()
         cta, _, _ = cute.arch.block_idx()
+        if const_expr(ctas > 1):
+            grid, cta = grid // ctas, cta // ctas
         return turn * grid + (cta if turn % 2 == 0 else grid - 1 - cta)
 
     @cute.jit

@@ -18,14 +18,17 @@ class TmaOperand:
     sX: cute.Tensor  # (rows, d, slots)
 
     @cute.jit
-    def tiles(self, head: Int32, batch: Int32, offset: Int32):
-        """Slots in shared memory and tiles in global memory of one head of one sequence."""
+    def tiles(self, head: Int32, batch: Int32, offset: Int32, column=0):
+        """Slots in shared memory and tiles in global memory of one head of one sequence.
+
+        `column` counts tiles along d, where they are narrower than it.
+        """
         if const_expr(cute.rank(self.mX) == 4):
             mX = cute.domain_offset((offset, 0), self.mX[None, None, head, batch])
         else:
             mX = cute.domain_offset((offset, 0), self.mX[None, None, head])
         shape = (cute.size(self.sX, mode=[0]), cute.size(self.sX, mode=[1]))
-        gX = cute.local_tile(mX, shape, (None, 0))
+        gX = cute.local_tile(mX, shape, (None, column))
         return cpasync.tma_partition(
             self.atom,
             0,

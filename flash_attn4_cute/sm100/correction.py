@@ -12,7 +12,7 @@ from ..common.softmax import LOG2_E
 from .epilogue import Epilogue
 from .rings import Rings
 from .softmax import Statistics
-from .tiles import BLOCK_M, NUM_Q_TILES, WARP_SIZE, WARPS_PER_GROUP, TileConfig
+from .tiles import WARP_SIZE, WARPS_PER_GROUP, TileConfig
 from .tmem import (
     TmemMap,
     TmemRow,
@@ -51,36 +51,40 @@ class CorrectionRole:
             if work.num_blocks > 0:
                 # O of the tile before has been read: the first P V may overwrite it.
                 fence_before_sync()
-                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     rings.p.arrive_full("correction", tile)
                 for _ in cutlass.range(work.num_blocks - 1, unroll=1):
-                    for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                    for tile in cutlass.range_constexpr(self.cfg.q_tiles):
+                        # The scores of this block were issued behind the last P V: it is done.
                         rings.factor.wait_full(tile, factor_phase)
-                        self.rescale(tile, thread)
+                        self.rescale(tile, tile, thread)
                         fence_before_sync()
                         rings.p.arrive_full("correction", tile)
                     factor_phase ^= 1
-                for tile in cutlass.range_constexpr(NUM_Q_TILES):
-                    rings.final.wait_full(tile, tile_phase)
-                    total = self.statistics.sSum[thread, tile]
-                    m = self.statistics.sMax[thread, tile]
-                    rings.final.arrive_empty("correction", tile)
+                for tile in cutlass.range_constexpr(self.cfg.q_tiles):
+                    total, m = self.take_statistics(tile, thread, tile_phase)
                     rings.o.wait_full(tile, tile_phase)
                     fence_after_sync()
                     self.finish(args, work, tile, thread, total, m)
                 tile_phase ^= 1
             elif work.row < work.seqlen.seqlen_q:
-                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     self.epilogue(work, tile, thread).store_nothing(args)
             turn += 1
 
     @cute.jit
-    def rescale(self, tile: Constexpr[int], thread: Int32):
-        """O <- O * factor, if any row of the warp asks for it.
+    def take_statistics(self, tile: Constexpr[int], thread: Int32, phase: Int32):
+        """The sum and the maximum of this thread's row, once the softmax is done with the tile."""
+        self.rings.final.wait_full(tile, phase)
+        total = self.statistics.sSum[thread, tile]
+        m = self.statistics.sMax[thread, tile]
+        self.rings.final.arrive_empty("correction", tile)
+        return total, m
 
-        The scores of this block were issued behind the last P V: it is done.
-        """
-        factor = self.statistics.sFactor[thread, tile]
+    @cute.jit
+    def rescale(self, tile: Constexpr[int], slot, thread: Int32):
+        """O <- O * factor, if any row of the warp asks for it; the last P V is done."""
+        factor = self.statistics.sFactor[thread, slot]
         if cute.arch.vote_any_sync(factor != 1.0):
             fence_after_sync()
             for j in cutlass.range_constexpr(self.cfg.head_dim_v // CHUNK):
@@ -120,5 +124,5 @@ class CorrectionRole:
         epilogue.store_o(args, self.tmem.o[tile], inverse)
 
     def epilogue(self, work: Work, tile: int, thread: Int32) -> Epilogue:
-        row = work.row + tile * BLOCK_M
+        row = work.tile_row(self.cfg.ctas, tile)
         return Epilogue(self.cfg, self.dtype, self.sO, work, row, thread)

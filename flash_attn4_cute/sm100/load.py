@@ -8,8 +8,9 @@ from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from ..common.tma import TmaOperand
+from . import pair
 from .rings import Cursor, Rings
-from .tiles import BLOCK_M, BLOCK_N, ELEMENT_BYTES, NUM_Q_TILES, WARP_SIZE, TileConfig
+from .tiles import BLOCK_M, BLOCK_N, ELEMENT_BYTES, WARP_SIZE, TileConfig
 from .work import WorkQueue
 
 CLEAR_ELEMENTS = 8  # 16 bytes a store
@@ -24,6 +25,7 @@ class LoadRole:
     q: TmaOperand
     k: TmaOperand
     v: TmaOperand
+    v_tail: cute.CopyAtom  # as v's, but it signals this CTA's own barriers
     rings: Rings
     tail_barrier: cute.Pointer  # full when a block of V that must be cleared has arrived
     queue: WorkQueue
@@ -31,7 +33,7 @@ class LoadRole:
 
     @cute.jit
     def run(self, args: ForwardArgs):
-        cfg, rings = self.cfg, self.rings
+        cfg = self.cfg
         kv = Cursor.start(cfg.kv_stages)
         q_phase, tail_phase = Int32(0), Int32(0)
         turn = Int32(0)
@@ -40,69 +42,93 @@ class LoadRole:
             if work.num_blocks > 0:
                 tile, seqlen = work.tile, work.seqlen
                 kv_head = tile.head // self.heads_per_kv_head
-                tQsQ, tQgQ = self.q.tiles(tile.head, tile.batch, seqlen.offset_q)
-                tKsK, tKgK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
-                tVsV, tVgV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
+                tQ = self.q.tiles(tile.head, tile.batch, seqlen.offset_q)
+                tK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
+                tV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k, pair.rank(cfg.ctas))
                 for i in cutlass.range(work.num_blocks, unroll=1):
                     n_block = work.last_block - i
                     if i == 0:
-                        self.load_q(tQsQ, tQgQ, work.tile.m_block, 0, q_phase)
-                    rings.kv.wait_empty(kv.slot, kv.phase)
-                    rings.kv.expect("load", kv.slot, self.block_bytes(cfg.head_dim))
-                    cute.copy(
-                        self.k.atom,
-                        tKgK[None, n_block],
-                        tKsK[None, kv.slot],
-                        tma_bar_ptr=rings.kv.full(kv.slot),
-                    )
+                        self.load_q(tQ, work.tile.m_block, 0, q_phase)
+                    self.load_k(tK, n_block, kv.slot, kv.phase)
                     kv = kv.next()
                     # Q1 is needed only after Q0 K^T has been issued.
                     if i == 0:
-                        self.load_q(tQsQ, tQgQ, work.tile.m_block, 1, q_phase)
-                    rings.kv.wait_empty(kv.slot, kv.phase)
+                        self.load_q(tQ, work.tile.m_block, 1, q_phase)
                     rows = seqlen.seqlen_k - n_block * cfg.block_n
-                    if const_expr(self.guard_v) and rows < cfg.block_n:
-                        self.load_tail(tVsV, tVgV[None, n_block], kv.slot, rows, tail_phase)
-                        tail_phase ^= 1
-                    else:
-                        rings.kv.expect("load", kv.slot, self.block_bytes(cfg.head_dim_v))
-                        cute.copy(
-                            self.v.atom,
-                            tVgV[None, n_block],
-                            tVsV[None, kv.slot],
-                            tma_bar_ptr=rings.kv.full(kv.slot),
-                        )
+                    tail_phase = self.load_v(tV, n_block, (kv.slot, kv.phase), rows, tail_phase)
                     kv = kv.next()
                 q_phase ^= 1
             turn += 1
-
-    def block_bytes(self, columns: int) -> int:
-        return BLOCK_N * columns * ELEMENT_BYTES
+        self.wait_for_pair(kv, q_phase)
 
     @cute.jit
-    def load_q(self, tQsQ: cute.Tensor, tQgQ: cute.Tensor, m_block: Int32, tile, phase: Int32):
+    def wait_for_pair(self, kv: Cursor, q_phase: Int32):
+        """Wait until all slots are free: no arrival of the leader's is then on its way to here."""
+        cfg = self.cfg
+        if const_expr(cfg.ctas == 2):
+            for _ in cutlass.range_constexpr(cfg.kv_stages):
+                self.rings.kv.wait_empty(kv.slot, kv.phase)
+                kv = kv.next()
+            for tile in cutlass.range_constexpr(cfg.q_tiles):
+                self.rings.q.wait_empty(tile, q_phase)
+
+    @cute.jit
+    def load_q(self, tQ: tuple, m_block: Int32, tile: Constexpr[int], phase: Int32):
+        cfg, (tQsQ, tQgQ) = self.cfg, tQ
         self.rings.q.wait_empty(tile, phase)
-        self.rings.q.expect("load", tile, BLOCK_M * self.cfg.head_dim * ELEMENT_BYTES)
+        self.rings.q.expect("load", tile, BLOCK_M * cfg.head_dim * ELEMENT_BYTES)
         cute.copy(
             self.q.atom,
-            tQgQ[None, m_block * NUM_Q_TILES + tile],
+            tQgQ[None, (m_block * cfg.q_tiles + tile) * cfg.ctas + pair.rank(cfg.ctas)],
             tQsQ[None, tile],
             tma_bar_ptr=self.rings.q.full(tile),
         )
 
     @cute.jit
-    def load_tail(self, tVsV: cute.Tensor, tVgV: cute.Tensor, slot: Int32, rows: Int32, phase):
-        """Load a block of V of which only `rows` rows count, and zero the others.
+    def load_k(self, tK: tuple, n_block: Int32, slot: Int32, phase: Int32):
+        """This CTA's keys of a block of K."""
+        cfg, (tKsK, tKgK) = self.cfg, tK
+        self.rings.kv.wait_empty(slot, phase)
+        self.rings.kv.expect("load", slot, cfg.k_rows * cfg.head_dim * ELEMENT_BYTES)
+        cute.copy(
+            self.k.atom,
+            tKgK[None, n_block * cfg.ctas + pair.rank(cfg.ctas)],
+            tKsK[None, slot],
+            tma_bar_ptr=self.rings.kv.full(slot),
+        )
 
-        P is 0 there, but 0 * NaN would reach O.
+    @cute.jit
+    def load_v(self, tV: tuple, n_block: Int32, at: tuple, rows: Int32, tail_phase: Int32) -> Int32:
+        """This CTA's columns of a block of V, of which the first `rows` rows count.
+
+        Returns the next tail phase. Rows past the end are zeroed: P is 0 there, but 0 * NaN would
+        reach O.
         """
-        with cute.arch.elect_one():
-            num_bytes = self.block_bytes(self.cfg.head_dim_v)
-            cute.arch.mbarrier_arrive_and_expect_tx(self.tail_barrier, num_bytes)
-        cute.copy(self.v.atom, tVgV, tVsV[None, slot], tma_bar_ptr=self.tail_barrier)
-        cute.arch.mbarrier_wait(self.tail_barrier, phase)
-        clear_rows(self.v.sX[None, None, slot], rows)
-        self.rings.kv.arrive_full("load", slot)
+        (tVsV, tVgV), (slot, phase) = tV, at
+        num_bytes = BLOCK_N * self.cfg.v_columns * ELEMENT_BYTES
+        self.rings.kv.wait_empty(slot, phase)
+        if const_expr(self.guard_v) and rows < BLOCK_N:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(self.tail_barrier, num_bytes)
+            cute.copy(
+                self.v_tail,
+                tVgV[None, n_block],
+                tVsV[None, slot],
+                tma_bar_ptr=self.tail_barrier,
+            )
+            cute.arch.mbarrier_wait(self.tail_barrier, tail_phase)
+            clear_rows(self.v.sX[None, None, slot], rows)
+            self.rings.kv.arrive_full("load", slot, stored=True)
+            tail_phase ^= 1
+        else:
+            self.rings.kv.expect("load", slot, num_bytes)
+            cute.copy(
+                self.v.atom,
+                tVgV[None, n_block],
+                tVsV[None, slot],
+                tma_bar_ptr=self.rings.kv.full(slot),
+            )
+        return tail_phase
 
 
 @cute.jit

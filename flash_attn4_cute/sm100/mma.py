@@ -14,7 +14,7 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 from ..arguments import ForwardArgs
 from .products import STEP, Products, SmemOperand, multiply
 from .rings import Cursor, Ring, Rings
-from .tiles import BLOCK_N, NUM_Q_TILES
+from .tiles import BLOCK_N
 from .tmem import TmemMap, fence_after_sync
 from .work import WorkQueue
 
@@ -43,7 +43,7 @@ class MmaRole:
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
                 rings.kv.wait_full(kv.slot, kv.phase)
-                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                for tile in cutlass.range_constexpr(cfg.q_tiles):
                     rings.q.wait_full(tile, q_phase)
                     self.issue_qk(tile, kv.slot)
                 self.free(rings.kv, kv.slot)
@@ -51,7 +51,7 @@ class MmaRole:
                 for i in cutlass.range(work.num_blocks - 1, unroll=1):
                     v, kv = kv, kv.next()
                     rings.kv.wait_full(v.slot, v.phase)
-                    for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                    for tile in cutlass.range_constexpr(cfg.q_tiles):
                         self.issue_pv(tile, v.slot, p_phase, i > 0)
                         if const_expr(tile == 0):
                             rings.kv.wait_full(kv.slot, kv.phase)
@@ -61,10 +61,10 @@ class MmaRole:
                     self.free(rings.kv, kv.slot)
                     kv = kv.next()
                     p_phase ^= 1
-                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                for tile in cutlass.range_constexpr(cfg.q_tiles):
                     self.free(rings.q, tile)
                 rings.kv.wait_full(kv.slot, kv.phase)
-                for tile in cutlass.range_constexpr(NUM_Q_TILES):
+                for tile in cutlass.range_constexpr(cfg.q_tiles):
                     self.issue_pv(tile, kv.slot, p_phase, work.num_blocks > 1)
                     with cute.arch.elect_one():
                         rings.o.commit_full("mma", tile)
@@ -83,11 +83,11 @@ class MmaRole:
     @cute.jit
     def issue_qk(self, tile: Constexpr[int], slot: Int32):
         """S = Q K^T for one Q tile and the block in `slot`."""
-        instruction = self.products.instruction(BLOCK_N, False)
-        steps = range(self.products.cfg.head_dim // STEP)
+        cfg = self.products.cfg
+        target = (self.tmem.s[tile], self.products.instruction(BLOCK_N, False), cfg.ctas)
         q, k = (self.q, self.q.lower(tile)), (self.k, self.k.lower(slot))
         with cute.arch.elect_one():
-            multiply((self.tmem.s[tile], instruction), q, k, steps, 0)
+            multiply(target, q, k, range(cfg.head_dim // STEP), 0)
             self.rings.s.commit_full("mma", tile)
 
     @cute.jit
@@ -102,7 +102,8 @@ class MmaRole:
 
     @cute.jit
     def issue_pv_steps(self, tile: Constexpr[int], slot: Int32, accumulate: Int32, steps):
-        instruction = self.products.instruction(self.products.cfg.head_dim_v, True)
+        cfg = self.products.cfg
+        target = (self.tmem.o[tile], self.products.instruction(cfg.head_dim_v, True), cfg.ctas)
         v = (self.v, self.v.lower(slot))
         with cute.arch.elect_one():
-            multiply((self.tmem.o[tile], instruction), self.tmem.p[tile], v, steps, accumulate)
+            multiply(target, self.tmem.p[tile], v, steps, accumulate)

@@ -82,40 +82,48 @@ class Products:
     cfg: Constexpr[TileConfig]
 
     def instruction(self, n: int, transposed: bool) -> int:
-        """The instruction descriptor of a (128, n) product with fp32 accumulation."""
-        kind = int(self.dtype is cutlass.BFloat16)
-        bits = FLOAT32_ACCUMULATOR | kind << 7 | kind << 10 | n // 8 << 17 | BLOCK_M // 16 << 24
+        """The instruction descriptor of a (128, n) product, (256, n) for a pair of CTAs."""
+        kind, m = int(self.dtype is cutlass.BFloat16), self.cfg.ctas * BLOCK_M
+        bits = FLOAT32_ACCUMULATOR | kind << 7 | kind << 10 | n // 8 << 17 | m // 16 << 24
         return bits | TRANSPOSED_B if transposed else bits
 
 
 @dsl_user_op
-def multiply(target: tuple[int, int], a, b, steps: range, accumulate, *, loc=None, ip=None):
+def multiply(target: tuple, a, b, steps: range, accumulate, *, loc=None, ip=None):
     """D = A B, or D += A B, over some steps of 16; by one thread, done when committed.
 
-    target: D's column of tensor memory, and the instruction descriptor. a: the column where A
-    begins, or (operand, lower word) of its descriptor; b: such a pair. All of it is one piece of
-    assembly, with the offsets of the steps inside.
+    target: D's column of tensor memory, the instruction descriptor, and how many CTAs take part.
+    a: the column where A begins, or (operand, lower word) of its descriptor; b: such a pair. All of
+    it is one piece of assembly, with the offsets of the steps inside. Columns may be known only at
+    run time.
     """
-    (d, instruction), in_tmem = target, isinstance(a, int)
-    operands = [0 if in_tmem else a[1], b[1], accumulate]
+    (d, instruction, ctas), in_tmem = target, not isinstance(a, tuple)
+    operands = [a if in_tmem else a[1], b[1], accumulate, d]
     lines = [
         ".reg .pred add;\n.reg .b64 a, b;\n.reg .b32 d, left, lower;",
-        f"mov.b32 d, {d};",
+        f"mov.b32 d, {d if isinstance(d, int) else '$3'};",
         "setp.ne.b32 add, $2, 0;",
     ]
     for step in steps:
         # In tensor memory, two elements of A to a column.
-        lines += [f"mov.b32 left, {a + step * STEP // 2};"] if in_tmem else a[0].at("a", "$0", step)
+        first = step * STEP // 2
+        if not in_tmem:
+            lines += a[0].at("a", "$0", step)
+        elif isinstance(a, int):
+            lines.append(f"mov.b32 left, {a + first};")
+        else:
+            lines.append(f"add.u32 left, $0, {first};")
         lines += b[0].at("b", "$1", step)
         left = "[left]" if in_tmem else "a"
-        lines.append(f"tcgen05.mma.cta_group::1.kind::f16 [d], {left}, b, {instruction}, add;")
+        mma = f"tcgen05.mma.cta_group::{ctas}.kind::f16"
+        lines.append(f"{mma} [d], {left}, b, {instruction}, add;")
         if step == steps[0]:
             lines.append("setp.eq.b32 add, 0, 0;")
     llvm.inline_asm(
         None,
         [Int32(x).ir_value(loc=loc, ip=ip) for x in operands],
         "{\n" + "\n".join(lines) + "\n}\n",
-        "r,r,r",
+        "r,r,r,r",
         has_side_effects=True,
         is_align_stack=False,
         asm_dialect=llvm.AsmDialect.AD_ATT,

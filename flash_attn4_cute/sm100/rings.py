@@ -11,23 +11,24 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32
 from cutlass._mlir.dialects import llvm
-from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import T, dsl_user_op
 
-from .tiles import WarpRoles
+from . import pair
+from .tiles import SCORE_SLOTS, TileConfig, WarpRoles
 
 
 @dataclass
 class Arrivals:
-    """Who must arrive to end a phase, and, while the kernel is traced, who does."""
+    """Who must arrive to end a phase, in each of `ctas` CTAs; and, while tracing, who does."""
 
     roles: WarpRoles
     by: tuple[str, ...]
+    ctas: int = 1
     seen: set[str] = field(default_factory=set)
 
     @property
     def count(self) -> int:
-        return sum(self.roles.arrivals(role) for role in self.by)
+        return self.ctas * sum(self.roles.arrivals(role) for role in self.by)
 
     def record(self, role: str) -> None:
         assert role in self.by, f"{role} arrives where only {self.by} are counted"
@@ -39,13 +40,15 @@ class Ring:
     """`slots` slots with two mbarriers each: full, and empty if anybody has to free a slot.
 
     The roles in `full_by` and `empty_by` arrive once a warp, the MMA role by tcgen05.commit, the
-    load role with the bytes that TMA will add.
+    load role with the bytes that TMA will add. In a pair of CTAs, what the MMA role waits for
+    arrives at the leader, from both CTAs, and the MMA role arrives in both.
     """
 
     name: Constexpr[str]
     slots: Constexpr[int]
     full_by: Constexpr[Arrivals]
     empty_by: Constexpr[Arrivals]
+    ctas: Constexpr[int]
     barriers: cute.Pointer
 
     def full(self, slot):
@@ -75,36 +78,36 @@ class Ring:
         """Wait until the slot is free for its phase-th filling; the first finds it free."""
         cute.arch.mbarrier_wait(self.empty(slot), phase ^ 1)
 
-    def arrive_full(self, role: str, slot):
-        """One arrival of this warp, after all of its threads."""
+    def arrive_full(self, role: str, slot, stored: bool = False):
+        """One arrival of this warp, after all of its threads. `stored`: to shared memory."""
         self.full_by.record(role)
-        _arrive(self.full(slot))
+        _arrive(self.full(slot), self.full_by.ctas, stored)
 
     def arrive_empty(self, role: str, slot):
         self.empty_by.record(role)
-        _arrive(self.empty(slot))
+        _arrive(self.empty(slot), self.empty_by.ctas, False)
 
     def expect(self, role: str, slot, num_bytes: int):
         """The arrival of a role that fills the slot by TMA."""
         self.full_by.record(role)
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(self.full(slot), num_bytes)
+            pair.expect(self.full(slot), num_bytes, self.full_by.ctas)
 
     def commit_full(self, role: str, slot):
         """Arrive when the MMAs that the one thread has issued are done."""
         self.full_by.record(role)
-        tcgen05.commit(self.full(slot))
+        pair.commit(self.full(slot), self.ctas)
 
     def commit_empty(self, role: str, slot):
         self.empty_by.record(role)
-        tcgen05.commit(self.empty(slot))
+        pair.commit(self.empty(slot), self.ctas)
 
 
 @cute.jit
-def _arrive(barrier: cute.Pointer):
+def _arrive(barrier: cute.Pointer, ctas: Constexpr[int], stored: Constexpr[bool]):
     cute.arch.sync_warp()
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive(barrier)
+        pair.arrive(barrier, ctas, stored)
 
 
 @dsl_user_op
@@ -164,6 +167,10 @@ class Rings:
     last tile's O. Factor: that of block i + 1 comes after S of block i + 1, hence after the
     correction arrived in `p` for block i. So none of these barriers can run a phase ahead of who
     waits for it. `final` can, when tiles have one block each, and has an empty side for that.
+
+    With one Q tile, the slots of s, p, p_tail and factor belong to its even and odd blocks. Then
+    Q K^T of block i + 2 is issued behind P V of block i, and the same holds slot by slot. But S of
+    a block no longer tells that the P V before it is done, so `o` tells of every one.
     """
 
     q: Ring
@@ -176,27 +183,28 @@ class Rings:
     o: Ring
 
     @staticmethod
-    def allocate(smem, roles: WarpRoles, kv_slots: int, tiles: int) -> "Rings":
+    def allocate(smem, cfg: TileConfig) -> "Rings":
         """Declare the rings and lay their barriers out in shared memory."""
 
-        def ring(name: str, slots: int, full_by: str, empty_by: str = "") -> Ring:
+        def ring(name: str, slots: int, full_by: str, to: str, empty_by: str = "") -> Ring:
             return Ring(
                 name,
                 slots,
-                Arrivals(roles, tuple(full_by.split())),
-                Arrivals(roles, tuple(empty_by.split())),
+                Arrivals(cfg.roles, tuple(full_by.split()), cfg.ctas if to == "mma" else 1),
+                Arrivals(cfg.roles, tuple(empty_by.split())),
+                cfg.ctas,
                 smem.allocate_array(cutlass.Int64, slots * (2 if empty_by else 1)),
             )
 
         return Rings(
-            q=ring("q", tiles, "load", "mma"),
-            kv=ring("kv", kv_slots, "load", "mma"),
-            s=ring("s", tiles, "mma"),
-            p=ring("p", tiles, "softmax correction"),
-            p_tail=ring("p_tail", tiles, "softmax"),
-            factor=ring("factor", tiles, "softmax"),
-            final=ring("final", tiles, "softmax", "correction"),
-            o=ring("o", tiles, "mma"),
+            q=ring("q", cfg.q_tiles, "load", "mma", "mma"),
+            kv=ring("kv", cfg.kv_stages, "load", "mma", "mma"),
+            s=ring("s", SCORE_SLOTS, "mma", "softmax"),
+            p=ring("p", SCORE_SLOTS, "softmax correction", "mma"),
+            p_tail=ring("p_tail", SCORE_SLOTS, "softmax", "mma"),
+            factor=ring("factor", SCORE_SLOTS, "softmax", "correction"),
+            final=ring("final", cfg.q_tiles, "softmax", "correction", "correction"),
+            o=ring("o", cfg.q_tiles, "mma", "correction"),
         )
 
     def all(self) -> tuple[Ring, ...]:

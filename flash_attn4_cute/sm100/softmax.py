@@ -30,7 +30,7 @@ from .arithmetic import (
 from .mma import HEAD_STEPS
 from .products import STEP
 from .rings import Rings
-from .tiles import BLOCK_M, BLOCK_N, WARP_SIZE, WARPS_PER_GROUP, TileConfig
+from .tiles import BLOCK_N, WARP_SIZE, WARPS_PER_GROUP, TileConfig
 from .tmem import TmemRow, fence_after_sync, fence_before_sync, wait_loads, wait_stores
 from .work import WorkQueue
 
@@ -40,7 +40,7 @@ LOAD_WIDTH = 32  # columns of S an instruction
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the softmax tells the correction about each row, (128, tiles) each."""
+    """What the softmax tells the correction about each row, (128, slots) each."""
 
     sFactor: cute.Tensor
     sSum: cute.Tensor
@@ -63,6 +63,8 @@ class SoftmaxRole:
         rings, statistics = self.rings, self.statistics
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tile = warp // WARPS_PER_GROUP
+        # The slot of S and P: the tile's own, or that of the even or the odd key blocks.
+        slot = tile
         warp_row = warp % WARPS_PER_GROUP * WARP_SIZE
         thread = warp_row + cute.arch.lane_idx()
         scale_log2 = args.softmax_scale * LOG2_E
@@ -71,7 +73,7 @@ class SoftmaxRole:
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
-                row = work.row + tile * BLOCK_M
+                row = work.tile_row(self.cfg.ctas, tile)
                 full_lo, full_hi = work.mask.full_blocks(
                     row + warp_row, row + warp_row + WARP_SIZE, self.cfg.block_n
                 )
@@ -82,11 +84,11 @@ class SoftmaxRole:
                 for i in cutlass.range(work.num_blocks, unroll=1):
                     n_block = work.last_block - i
                     rS = cute.make_rmem_tensor(BLOCK_N, Float32)
-                    rings.s.wait_full(tile, s_phase)
+                    rings.s.wait_full(slot, s_phase)
                     fence_after_sync()
                     corner = (row + thread, n_block * BLOCK_N)
                     rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
-                    tStS = TmemRow(tile * BLOCK_N, BLOCK_N, thread)
+                    tStS = TmemRow(slot * BLOCK_N, BLOCK_N, thread)
                     masked = n_block < full_lo or n_block >= full_hi
                     if const_expr(self.cfg.max_on_load and not steps.any):
                         largest = tStS.load_with_max(rS, LOAD_WIDTH)
@@ -109,15 +111,19 @@ class SoftmaxRole:
                     factor = cute.math.exp2(lag, fastmath=True)
                     m = m_new if behind else m
                     if i > 0:
-                        statistics.sFactor[thread, tile] = factor
+                        statistics.sFactor[thread, slot] = factor
                         # The correction may touch O: the products before these scores are done.
                         fence_before_sync()
-                        rings.factor.arrive_full("softmax", tile)
+                        rings.factor.arrive_full("softmax", slot)
                     # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
                     shift = 0.0 if m == -Float32.inf else m * scale_log2
                     scale_and_shift(rS, scale_log2, shift)
-                    total = self.store_p(rS, (tile, thread), total * factor, dropout, corner)
-                    s_phase ^= 1
+                    total = self.store_p(rS, (slot, thread), total * factor, dropout, corner)
+                    if const_expr(self.cfg.q_tiles == 1):
+                        s_phase ^= slot
+                        slot ^= 1
+                    else:
+                        s_phase ^= 1
                 rings.final.wait_empty(tile, final_phase)
                 statistics.sSum[thread, tile] = total
                 statistics.sMax[thread, tile] = m
@@ -133,7 +139,7 @@ class SoftmaxRole:
 
         Returns `start` plus the row sum, of the exponentials before they are rounded.
         """
-        tile, thread = at
+        slot, thread = at
         sums = start_sums(start)
         chunks = cute.logical_divide(rS, cute.make_layout(CHUNK))
         for j in cutlass.range_constexpr(BLOCK_N // CHUNK):
@@ -146,14 +152,14 @@ class SoftmaxRole:
             rP.store(row.load().to(self.dtype))
             packed = cute.recast_tensor(rP, Float32)
             width = CHUNK // 2
-            TmemRow(tile * BLOCK_N + j * width, width, thread).store(packed, width)
+            TmemRow(slot * BLOCK_N + j * width, width, thread).store(packed, width)
             if const_expr((j + 1) * CHUNK == HEAD_STEPS * STEP):
                 wait_stores()
                 fence_before_sync()
-                self.rings.p.arrive_full("softmax", tile)
+                self.rings.p.arrive_full("softmax", slot)
         wait_stores()
         fence_before_sync()
-        self.rings.p_tail.arrive_full("softmax", tile)
+        self.rings.p_tail.arrive_full("softmax", slot)
         return total_of(sums)
 
 

@@ -1,6 +1,7 @@
 """Tile configurations of the tcgen05 forward kernel, as data, with what each row rests on."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 WARP_SIZE = 32
 WARPS_PER_GROUP = 4
@@ -13,7 +14,7 @@ TMEM_COLUMNS = 512
 ELEMENT_BYTES = 2  # of Q, K, V and O
 BLOCK_M = 128  # query rows of one tile: the lanes of tensor memory, one softmax thread each
 BLOCK_N = 128
-NUM_Q_TILES = 2  # tiles that take turns on the tensor core
+SCORE_SLOTS = 2  # of S and P: they belong to what takes turns on the tensor core
 STAGED_COLUMNS = 64  # of O that pass through shared memory at a time
 SWIZZLE_COLUMNS = (64, 32, 16)  # 16-bit columns of a row of a swizzle atom, best first
 PAIRS_PER_UNIT = 8  # pairs of columns: the unit in which exponentials are moved to the FMA units
@@ -29,19 +30,27 @@ class RegisterBudget:
 
     @property
     def changes(self) -> set[tuple[str, int]]:
-        """What `setmaxnreg` does, from the 128 registers that 512 threads start with."""
+        """What `setmaxnreg` does, from the registers that the threads start with: 65536 in all."""
         return {("inc", self.softmax), ("dec", self.correction), ("dec", self.other)}
 
 
 @dataclass(frozen=True, slots=True)
 class WarpRoles:
-    """Which warps do what. Warpgroup 3 holds the load and the MMA warp and two idle ones."""
+    """Which warps do what. The last warpgroup holds the MMA and the load warp and two idle ones."""
 
-    softmax_end: int = NUM_Q_TILES * WARPS_PER_GROUP
-    correction_end: int = (NUM_Q_TILES + 1) * WARPS_PER_GROUP
-    mma: int = 12
-    load: int = 13
-    num_warps: int = 16
+    softmax_end: int
+    correction_end: int
+    mma: int
+    load: int
+    num_warps: int
+
+    @staticmethod
+    def of(q_tiles: int) -> "WarpRoles":
+        """A warpgroup for the softmax of each Q tile, one for the correction, one for the rest."""
+        softmax, correction = (n * WARPS_PER_GROUP for n in (q_tiles, q_tiles + 1))
+        return WarpRoles(
+            softmax, correction, correction, correction + 1, correction + WARPS_PER_GROUP
+        )
 
     def arrivals(self, role: str) -> int:
         """Warps of a role that arrive when they hand a slot on: one arrival each."""
@@ -55,7 +64,12 @@ class TileConfig:
     """One configuration of the tcgen05 forward kernel.
 
     Tiles of Q and K have `head_dim` columns, those of V and O `head_dim_v`; tensors have at most as
-    many, and TMA fills up with zeros. K and V take turns in `kv_stages` slots of K's width.
+    many, and TMA fills up with zeros. K and V take turns in `kv_stages` slots.
+
+    A CTA has `q_tiles` tiles of 128 queries: two that take turns, or one whose key blocks do.
+    `ctas` 2 is a pair of CTAs on neighbouring SMs, which multiply as one: each has its own rows of
+    Q, S, P and O, half of the keys of a block of K, and half of the columns of V.
+
     `emulated_pairs` of every eight pairs of scores take their exponential on the FMA units, always
     the same columns, so that a row's result does not depend on which blocks need a mask.
     `max_on_load`: `tcgen05.ld.red` returns the row maximum with the scores (sm_103). `stack_bytes`
@@ -69,7 +83,12 @@ class TileConfig:
     max_on_load: bool = False
     stack_bytes: int = 0
     registers: RegisterBudget = RegisterBudget(softmax=192, correction=80, other=48)
-    roles: WarpRoles = WarpRoles()
+    ctas: int = 1
+    q_tiles: int = 2
+
+    @property
+    def roles(self) -> WarpRoles:
+        return WarpRoles.of(self.q_tiles)
 
     @property
     def family(self) -> str:
@@ -78,8 +97,8 @@ class TileConfig:
 
     @property
     def block_m(self) -> int:
-        """Query rows of one CTA."""
-        return NUM_Q_TILES * BLOCK_M
+        """Query rows of one CTA, or of a pair."""
+        return self.ctas * self.q_tiles * BLOCK_M
 
     @property
     def block_n(self) -> int:
@@ -90,17 +109,27 @@ class TileConfig:
         return self.roles.num_warps * WARP_SIZE
 
     @property
+    def k_rows(self) -> int:
+        """Keys of a block of K that one CTA holds."""
+        return BLOCK_N // self.ctas
+
+    @property
+    def v_columns(self) -> int:
+        """Columns of a block of V that one CTA holds."""
+        return self.head_dim_v // self.ctas
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of a slot of the ring of K and V."""
-        return ELEMENT_BYTES * BLOCK_N * self.head_dim
+        return ELEMENT_BYTES * max(self.k_rows * self.head_dim, BLOCK_N * self.v_columns)
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA: Q, the ring of K and V, the staged O, statistics, barriers."""
-        q = ELEMENT_BYTES * NUM_Q_TILES * BLOCK_M * self.head_dim
+        q = ELEMENT_BYTES * self.q_tiles * BLOCK_M * self.head_dim
         kv = self.kv_stages * self.slot_bytes
         staged = ELEMENT_BYTES * BLOCK_M * STAGED_COLUMNS
-        statistics = 3 * 4 * NUM_Q_TILES * BLOCK_M
+        statistics = 3 * 4 * SCORE_SLOTS * BLOCK_M
         # The barriers stand before the statistics, up to where Q can be aligned.
         head = -(-(BARRIER_BYTES + statistics) // ALIGNMENT) * ALIGNMENT
         return head + q + kv + staged
@@ -111,28 +140,30 @@ class TileConfig:
 
     def explain(self) -> str:
         """What the tiles are, for people."""
+        pair = "a pair of CTAs with " if self.ctas == 2 else ""
         return (
-            f"{NUM_Q_TILES} x {BLOCK_M} queries x {BLOCK_N} keys, {self.kv_stages} K/V slots, "
+            f"{pair}{self.q_tiles} x {BLOCK_M} queries x {BLOCK_N} keys, "
+            f"{self.kv_stages} K/V slots, "
             f"{self.emulated_pairs} of {PAIRS_PER_UNIT} exponentials on FMA units, "
             f"{self.smem_bytes} bytes of shared memory"
         )
 
     def check(self) -> None:
         """Assert what the kernel takes for granted; a row that fails is our bug."""
-        assert self.head_dim % 16 == 0 and self.head_dim_v % 16 == 0, "MMA steps of 16"
-        widths = [self.head_dim, self.head_dim_v]
-        swizzles = {next(n for n in SWIZZLE_COLUMNS if width % n == 0) for width in widths}
-        assert self.head_dim_v <= self.head_dim and len(swizzles) == 1, "K and V share slots"
+        assert self.head_dim % 16 == 0 and self.v_columns % 16 == 0, "MMA steps of 16"
+        assert self.ctas in (1, 2) and self.q_tiles in (1, 2)
         assert self.kv_stages >= 2, "V of a block is awaited while the next K is"
         assert 0 <= self.emulated_pairs <= PAIRS_PER_UNIT
         assert self.smem_bytes <= SMEM_LIMIT, f"{self} needs {self.smem_bytes} bytes"
         r = self.registers
-        per_lane = NUM_Q_TILES * r.softmax + r.correction + r.other
+        per_lane = self.q_tiles * r.softmax + r.correction + r.other
         assert per_lane * WARPS_PER_GROUP * WARP_SIZE <= REGISTER_FILE, f"{self} overdraws"
         assert all(n % 8 == 0 for n in (r.softmax, r.correction, r.other))
 
 
-def _row(head_dim: int, head_dim_v: int, emulated_pairs: int, stack_bytes: int = 0) -> TileConfig:
+def _row(
+    head_dim: int, head_dim_v: int, emulated_pairs: int, stack_bytes: int = 0, **more: Any
+) -> TileConfig:
     """A row with as many slots as there is room for."""
     row = TileConfig(
         head_dim=head_dim,
@@ -140,9 +171,23 @@ def _row(head_dim: int, head_dim_v: int, emulated_pairs: int, stack_bytes: int =
         kv_stages=MAX_STAGES,
         emulated_pairs=emulated_pairs,
         stack_bytes=stack_bytes,
+        **more,
     )
     excess = max(0, row.smem_bytes - SMEM_LIMIT)
     return replace(row, kv_stages=MAX_STAGES - -(-excess // row.slot_bytes))
+
+
+def _pair_of_wide_tiles(head_dim: int, emulated_pairs: int, stack_bytes: int = 0) -> TileConfig:
+    """A row of a pair with one Q tile a CTA."""
+    return _row(
+        head_dim,
+        head_dim,
+        emulated_pairs,
+        stack_bytes,
+        ctas=2,
+        q_tiles=1,
+        registers=RegisterBudget(softmax=240, correction=160, other=96),
+    )
 
 
 # Modelled, not measured (2026-11): no card of the family was at hand. Cycles of an SM for one
@@ -157,9 +202,13 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
         _row(128, 128, 1, stack_bytes=48),
         # causal 1280, 1150, 912
         _row(192, 128, 0, stack_bytes=136),
+        _pair_of_wide_tiles(256, 0),
     ),
     "sm103a": tuple(
-        replace(_row(*dims, 0), max_on_load=True)
-        for dims in ((64, 64), (96, 96), (128, 128), (192, 128))
+        replace(row, max_on_load=True)
+        for row in (
+            *(_row(*dims, 0) for dims in ((64, 64), (96, 96), (128, 128), (192, 128))),
+            _pair_of_wide_tiles(256, 0),
+        )
     ),
 }

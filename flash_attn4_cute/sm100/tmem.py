@@ -1,8 +1,12 @@
 """The map of tensor memory, and how a thread reads and writes its own row of it.
 
-    columns   0        128       256           256 + d_v      256 + 2 d_v
-              |  S0/P0  |  S1/P1  |     O0      |      O1      |
-    lanes     row i of a 128-row tile lives in lane i
+    columns            0        128       256           256 + d_v      256 + 2 d_v
+    two Q tiles        |  S0/P0  |  S1/P1  |     O0      |      O1      |
+    one, d_v <= 256    |  S0/P0  |  S1/P1  |     O       |
+    lanes              row i of a 128-row tile lives in lane i
+
+Two Q tiles have a slot for S each; one has two, for its even and its odd key blocks. In a pair of
+CTAs, each has such a map for its own rows.
 
 P, 16 bits an element, takes the first half of the columns of the S it comes from: a softmax thread
 holds its whole row of S in registers before it writes P, and the next Q K^T into these columns is
@@ -17,14 +21,14 @@ from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import dsl_user_op
 
-from .tiles import BLOCK_M, BLOCK_N, NUM_Q_TILES, TMEM_COLUMNS
+from .tiles import BLOCK_M, BLOCK_N, SCORE_SLOTS, TMEM_COLUMNS
 
 LANE = 1 << 16  # of an address: the lane above the column
 
 
 @dataclass(frozen=True)
 class TmemMap:
-    """First columns of what lives in tensor memory, by Q tile; a column is 32 bits a lane."""
+    """First columns of S and P by slot, of O by Q tile; a column is 32 bits a lane."""
 
     s: tuple[int, ...]
     p: tuple[int, ...]
@@ -32,9 +36,9 @@ class TmemMap:
     end: int
 
     @staticmethod
-    def of(head_dim_v: int) -> "TmemMap":
-        s = tuple(i * BLOCK_N for i in range(NUM_Q_TILES))
-        o = tuple(NUM_Q_TILES * BLOCK_N + i * head_dim_v for i in range(NUM_Q_TILES))
+    def of(head_dim_v: int, q_tiles: int = 2) -> "TmemMap":
+        s = tuple(i * BLOCK_N for i in range(SCORE_SLOTS))
+        o = tuple(SCORE_SLOTS * BLOCK_N + i * head_dim_v for i in range(q_tiles))
         found = TmemMap(s, s, o, o[-1] + head_dim_v)
         assert found.end <= TMEM_COLUMNS, f"{found} does not fit {TMEM_COLUMNS} columns"
         return found

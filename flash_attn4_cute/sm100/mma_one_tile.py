@@ -1,0 +1,84 @@
+"""The MMA role where a CTA has one Q tile: its even and odd key blocks take turns.
+
+    Q K0 | Q K1  P0 V0 | Q K2  P1 V1 | ... | Pn Vn
+
+While the softmax of one block is at work, the tensor core is a product ahead and a product behind.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+
+from ..arguments import ForwardArgs
+from .mma import HEAD_STEPS, MmaRole
+from .products import STEP, multiply
+from .rings import Cursor
+from .tiles import BLOCK_N, SCORE_SLOTS
+from .tmem import fence_after_sync
+
+
+@dataclass(frozen=True)
+class MmaOneTileRole(MmaRole):
+    """As MmaRole; S and P of block i are in the slot i % 2."""
+
+    @cute.jit
+    def run(self, args: ForwardArgs):
+        rings = self.rings
+        kv = Cursor.start(self.products.cfg.kv_stages)
+        s, p = Cursor.start(SCORE_SLOTS), Cursor.start(SCORE_SLOTS)
+        q_phase = Int32(0)
+        turn = Int32(0)
+        while self.queue.has_work(turn):
+            work = self.queue.work(args, turn)
+            if work.num_blocks > 0:
+                rings.q.wait_full(0, q_phase)
+                for i in cutlass.range(work.num_blocks, unroll=1):
+                    rings.kv.wait_full(kv.slot, kv.phase)
+                    self.issue_block_qk(s.slot, kv.slot)
+                    self.free(rings.kv, kv.slot)
+                    kv, s = kv.next(), s.next()
+                    if i == work.num_blocks - 1:
+                        self.free(rings.q, 0)
+                    if i > 0:
+                        rings.kv.wait_full(kv.slot, kv.phase)
+                        self.issue_block_pv(p.slot, kv.slot, p.phase, i > 1)
+                        self.free(rings.kv, kv.slot)
+                        kv, p = kv.next(), p.next()
+                rings.kv.wait_full(kv.slot, kv.phase)
+                self.issue_block_pv(p.slot, kv.slot, p.phase, work.num_blocks > 1)
+                self.free(rings.kv, kv.slot)
+                kv, p = kv.next(), p.next()
+                q_phase ^= 1
+            turn += 1
+
+    @cute.jit
+    def issue_block_qk(self, scores: Int32, slot: Int32):
+        """S = Q K^T for the block of K in `slot`, into the slot `scores` of tensor memory."""
+        cfg = self.products.cfg
+        target = (scores * BLOCK_N, self.products.instruction(BLOCK_N, False), cfg.ctas)
+        q, k = (self.q, self.q.lower(0)), (self.k, self.k.lower(slot))
+        with cute.arch.elect_one():
+            multiply(target, q, k, range(cfg.head_dim // STEP), 0)
+            self.rings.s.commit_full("mma", scores)
+
+    @cute.jit
+    def issue_block_pv(self, scores: Int32, slot: Int32, phase: Int32, accumulate: Boolean):
+        """O = P V, or O += P V, for the block of V in `slot`, and tell of its end."""
+        self.rings.p.wait_full(scores, phase)
+        fence_after_sync()
+        self.issue_block_steps(scores, slot, Int32(accumulate), range(HEAD_STEPS))
+        self.rings.p_tail.wait_full(scores, phase)
+        fence_after_sync()
+        self.issue_block_steps(scores, slot, Int32(1), range(HEAD_STEPS, BLOCK_N // STEP))
+        with cute.arch.elect_one():
+            self.rings.o.commit_full("mma", 0)
+
+    @cute.jit
+    def issue_block_steps(self, scores: Int32, slot: Int32, accumulate: Int32, steps):
+        cfg = self.products.cfg
+        target = (self.tmem.o[0], self.products.instruction(cfg.head_dim_v, True), cfg.ctas)
+        v = (self.v, self.v.lower(slot))
+        with cute.arch.elect_one():
+            multiply(target, scores * BLOCK_N, v, steps, accumulate)
