@@ -6,8 +6,8 @@ With the results O_i and LSE_i of part i, and LSE = log sum_i exp(LSE_i),
 
 (Rabe and Staats 2021, section 2), summed in the order of the parts, so that a result repeats bit
 for bit. Four warps share a row, since rows are few and the time is that of a load from memory. A
-warp reads LSE_i of all parts first, a part a lane, and then its share of the O_i up to the last
-part that has keys.
+warp asks for LSE_i of all parts, a part a lane, and for the first of its share of the O_i at the
+same time, then for the rest of them up to the last part that has keys.
 """
 
 from dataclasses import dataclass
@@ -125,10 +125,11 @@ class CombineKernel:
         num_heads = cute.size(args.mO, mode=[cute.rank(args.mO) - 2])
         num_rows = args.max_seqlen_q * num_heads
         batch, row = index // num_rows, index % num_rows
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         offset, seqlen = Int32(0), args.max_seqlen_q
         if const_expr(args.mCuSeqlensQ is not None or args.mSeqUsedQ is not None):
             offset, seqlen = extent(args.mO, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
-        cute.arch.griddepcontrol_wait()
         if row < seqlen * num_heads:
             token, head = offset + row // num_heads, row % num_heads
             self.merge_row(args, (batch, token, head), (sWeights[warp, None], sTotals), warp)
@@ -150,10 +151,17 @@ class CombineKernel:
         sink = None
         if const_expr(args.mSink is not None):
             sink = self.load_logit(args.mSink, head)
+        # The first parts are on their way while their weights are worked out.
+        shape = (LOAD_ELEMENTS, BATCH, self.vectors_per_lane)
+        values = cute.make_rmem_tensor(shape, parts_O.element_type)
+        self.load_parts(values, parts_O, warp, cute.size(parts_O, mode=[0]) - 1)
         found = PartWeights.of(parts_LSE, sWeights, lane, sink)
         total = cute.make_rmem_tensor((LOAD_ELEMENTS, self.vectors_per_lane), Float32)
         total.fill(0.0)
-        self.add_parts(total, parts_O, found, warp)
+        for first in cutlass.range(warp, found.end, WARPS * BATCH, unroll=1):
+            if first != warp:
+                self.load_parts(values, parts_O, first, found.end - 1)
+            self.add_parts(total, values, found, first)
         self.gather(total, sTotals, warp)
         if warp == 0:
             self.store(total, mO)
@@ -175,27 +183,32 @@ class CombineKernel:
             mLSE[head, token] = lse
 
     @cute.jit
-    def add_parts(self, total: cute.Tensor, parts_O: cute.Tensor, found: PartWeights, warp: Int32):
-        """total (elements, vectors) += this warp's parts of one row, BATCH loads at a time."""
+    def load_parts(self, values: cute.Tensor, parts_O: cute.Tensor, first: Int32, last: Int32):
+        """values (elements, BATCH, vectors) of parts first, first + WARPS, ... of one row.
+
+        Parts and columns beyond the last are read as the last: one path, loads issued together.
+        """
         lane = cute.arch.lane_idx()
-        # Parts and columns beyond the last are read as the last: one path, loads issued ahead.
-        last = self.head_dim // LOAD_ELEMENTS - 1
-        for first in cutlass.range(warp, found.end, WARPS * BATCH, unroll=1):
+        last_column = self.head_dim // LOAD_ELEMENTS - 1
+        for i in cutlass.range_constexpr(self.vectors_per_lane):
+            column = cutlass.min(lane + WARP_SIZE * i, last_column)
+            for j in cutlass.range_constexpr(BATCH):
+                part = cutlass.min(first + WARPS * j, last)
+                source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (column,))
+                cute.autovec_copy(source, values[None, j, i])
+
+    @cute.jit
+    def add_parts(self, total: cute.Tensor, values: cute.Tensor, found: PartWeights, first: Int32):
+        """total (elements, vectors) += weighted `values` of parts first, first + WARPS, ..."""
+        for j in cutlass.range_constexpr(BATCH):
+            part = first + WARPS * j
+            weight = found.sWeights[cutlass.min(part, found.end - 1)]
+            weight = weight if part < found.end else 0.0
+            # What a part without keys holds may be NaN.
             for i in cutlass.range_constexpr(self.vectors_per_lane):
-                column = cutlass.min(lane + WARP_SIZE * i, last)
-                values = cute.make_rmem_tensor((LOAD_ELEMENTS, BATCH), parts_O.element_type)
-                for j in cutlass.range_constexpr(BATCH):
-                    part = cutlass.min(first + WARPS * j, found.end - 1)
-                    source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (column,))
-                    cute.autovec_copy(source, values[None, j])
-                for j in cutlass.range_constexpr(BATCH):
-                    part = first + WARPS * j
-                    weight = found.sWeights[cutlass.min(part, found.end - 1)]
-                    weight = weight if part < found.end else 0.0
-                    # What a part without keys holds may be NaN.
-                    for c in cutlass.range_constexpr(LOAD_ELEMENTS):
-                        term = Float32(values[c, j]) * weight
-                        total[c, i] = total[c, i] + (0.0 if weight == 0.0 else term)
+                for c in cutlass.range_constexpr(LOAD_ELEMENTS):
+                    term = Float32(values[c, j, i]) * weight
+                    total[c, i] = total[c, i] + (0.0 if weight == 0.0 else term)
 
     @cute.jit
     def gather(self, total: cute.Tensor, sTotals: cute.Tensor, warp: Int32):

@@ -1,29 +1,30 @@
 """Into how many parts the keys of a decode launch are split.
 
-A CTA streams one split of one (sequence, key head, row tile). A launch lasts as long as the SM with
-the most to do:
+A CTA streams one split of one (sequence, key head, row tile), and streams `CTA_RATE` times as fast
+as the memory feeds one SM if all of them ask. So fewer CTAs than SMs saturate the memory, and more
+only cost a merge. In units of one key block at an SM's share of the bandwidth, for `full` CTAs a SM
+and `rest` more,
 
-    ceil(tiles * splits / SMs)  x  (ceil(blocks / splits) + CTA_COST)
+    time = full * blocks  +  max(rest * blocks / SMs, CTA_START + blocks / CTA_RATE)  +  the merge
 
-in units of one block at an SM's share of the bandwidth, plus the merge. It depends on shapes and
-maxima only, so a captured graph may replay at other lengths: each sequence divides its own blocks
-by the number of splits.
+It depends on shapes and maxima only, so a captured graph may replay at other lengths: each sequence
+divides its own blocks by the number of splits.
 
-Fitted to an H200 as sm_90a, 2026-11-29 (benchmarks/results): h32/8 d128, us by splits
-    b1 kv8192     8: 20.9  16: 21.7  32: 23.3  48: 27.0
-    b1 kv131072  16: 137   33: 144   64: 152  128: 166
-    b8 kv8192     2: 79.0   4: 80.8   8: 83.4
-    b64 kv4096    1: 255    2: 264
+Fitted to an H200 as sm_90a, 2026-11-29, 17 shapes of d128 bf16 (benchmarks/results): what it picks
+is at most 1.2 % slower than the best number of splits that was tried.
 """
 
+import functools
+
 MAX_SPLITS = 256  # what the combine kernel merges
-CTA_COST = 3.0  # start and end of a CTA
-MERGE_COST = 3.0  # a combine launch that starts while the decode kernel ends
-PART_COST = 0.1  # a further part to write and read
+CTA_RATE, CTA_START = 1.8, 0.5
+MERGE_COST = 1.0  # a combine launch that starts while the decode kernel ends
+PARTIAL_COST = 2.0  # writing and reading one CTA's partial result
 # Where lengths differ, the longest sequence may be alone: no CTA streams more than this of it.
 MAX_UNEVEN_BLOCKS = 256
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_splits(tiles: int, blocks: int, num_sms: int, even: bool) -> int:
     """The number of splits with the least modelled time; the smaller of equals.
 
@@ -36,11 +37,21 @@ def choose_splits(tiles: int, blocks: int, num_sms: int, even: bool) -> int:
     if tiles <= 0 or blocks <= 1:
         return 1
     least = 1 if even else -(-blocks // MAX_UNEVEN_BLOCKS)
-
-    def cost(splits: int) -> float:
-        ctas_per_sm = -(-tiles * splits // num_sms)
-        merge = MERGE_COST + PART_COST * splits if splits > 1 else 0.0
-        return ctas_per_sm * (-(-blocks // splits) + CTA_COST) + merge
-
     most = min(blocks, MAX_SPLITS)
-    return min(range(min(least, most), most + 1), key=cost)
+    return min(
+        range(min(least, most), most + 1),
+        key=lambda splits: modelled_time(tiles, blocks, num_sms, splits),
+    )
+
+
+def modelled_time(tiles: int, blocks: int, num_sms: int, splits: int) -> float:
+    """Of a launch, in units of one key block at an SM's share of the bandwidth."""
+    per_cta = -(-blocks // splits)
+    ctas = tiles * -(-blocks // per_cta)  # that have keys
+    full, rest = divmod(ctas, num_sms)
+    time = float(full * per_cta)
+    if rest:
+        time += max(rest * per_cta / num_sms, CTA_START + per_cta / CTA_RATE)
+    if splits > 1:
+        time += MERGE_COST + PARTIAL_COST * tiles * splits / num_sms
+    return time

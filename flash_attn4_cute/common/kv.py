@@ -1,13 +1,15 @@
 """Where the keys and values of a sequence lie, and how one block of them reaches shared memory.
 
 A block is (block_n, d) in shared memory: columns in chunks of one swizzle atom's width, the rows of
-a chunk one after the other. It is filled by boxes, one TMA instruction each, of `box_n` rows of one
-chunk. Dense and packed keys take boxes of the whole block; pages take boxes that lie in one page.
-The swizzle XORs bits of the absolute address, so a box may begin at any row whose address is a
-multiple of 128 bytes.
+a chunk one after the other. It is filled by boxes of `box_n` rows. Dense and packed keys take boxes
+of the whole block; pages take boxes that lie in one page. Where a box fills whole swizzle atoms,
+its chunks lie side by side and one TMA instruction brings all of them: with small pages, issuing
+instructions is what bounds the loading warp. Else, and where the tensor is narrower than its tiles,
+every chunk takes an instruction of its own. The swizzle XORs bits of the absolute address, so a box
+may begin at any row whose address is a multiple of 128 bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -17,10 +19,11 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..tiles import WARP_SIZE
 
-BOXES_UNROLLED = 4
+BOXES_UNROLLED = 8
 SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}  # by bytes of one row of the atom
 SWIZZLE_BASE = 4  # 16-byte units move
 SWIZZLE_SHIFT = 3
+ATOM_ROWS = 8  # after which the swizzle repeats
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class KvTile:
     head_dim: int
     chunk: int  # columns of one swizzle atom
     box_n: int  # rows of one TMA box
+    whole_boxes: bool = False  # one instruction brings all chunks of a box
 
     @property
     def swizzle(self) -> cute.Swizzle:
@@ -46,64 +50,117 @@ class KvTile:
     def num_chunks(self) -> int:
         return self.head_dim // self.chunk
 
+    @property
+    def box_rows(self) -> int:
+        """Rows of a chunk that lie one after the other."""
+        return self.box_n if self.box_n % ATOM_ROWS == 0 else self.block_n
+
     def layout(self, stages: int) -> cute.Layout:
         """(block_n, d, stages), before the swizzle."""
+        rows = self.box_rows
         return cute.make_layout(
-            (self.block_n, (self.chunk, self.num_chunks), stages),
+            ((rows, self.block_n // rows), (self.chunk, self.num_chunks), stages),
             stride=(
-                self.chunk,
-                (1, self.block_n * self.chunk),
+                (self.chunk, rows * self.head_dim),
+                (1, rows * self.chunk),
                 self.block_n * self.head_dim,
             ),
         )
 
     def box_layout(self, stages: int) -> cute.Layout:
-        """The same memory as (box_n, chunk, boxes, chunks, stages)."""
+        """The same memory as (box_n, chunk, chunks, boxes, stages)."""
+        rows = self.box_rows
         return cute.make_layout(
-            (self.box_n, self.chunk, self.num_boxes, self.num_chunks, stages),
+            (self.box_n, self.chunk, self.num_chunks, self.num_boxes, stages),
             stride=(
                 self.chunk,
                 1,
-                self.box_n * self.chunk,
-                self.block_n * self.chunk,
+                rows * self.chunk,
+                self.box_n * (self.head_dim if rows == self.box_n else self.chunk),
                 self.block_n * self.head_dim,
             ),
         )
 
+    def fitted(self, mX: cute.Tensor) -> "KvTile":
+        """This tile, for loading mX (rows, d, ...)."""
+        whole = cute.size(mX, mode=[1]) == self.head_dim and self.box_rows == self.box_n
+        return replace(self, whole_boxes=whole and self.num_chunks > 1)
+
     def tma_load(self, mX: cute.Tensor):
-        """The copy atom and TMA tensor that load one box of mX (rows, d, ...)."""
-        layout = cute.make_composed_layout(
-            self.swizzle,
-            0,
-            cute.make_layout((self.box_n, self.chunk), stride=(self.chunk, 1)),
-        )
+        """The copy atom and TMA tensor that load one box of mX (rows, d, ...).
+
+        With whole boxes, the tensor is (rows, chunk, chunks, ...).
+        """
+        shape, stride = [self.box_n, self.chunk], [self.chunk, 1]
+        if self.whole_boxes:
+            shape, stride = [*shape, self.num_chunks], [*stride, self.box_n * self.chunk]
+            (rows, _, *outer), (s_rows, _, *s_outer) = mX.shape, mX.stride
+            in_chunks = cute.make_layout(
+                (rows, self.chunk, self.num_chunks, *outer),
+                stride=(s_rows, 1, self.chunk, *s_outer),
+            )
+            mX = cute.make_tensor(mX.iterator, in_chunks)
+        box = cute.make_layout(tuple(shape), stride=tuple(stride))
+        layout = cute.make_composed_layout(self.swizzle, 0, box)
         return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), mX, layout, (self.box_n, self.chunk)
+            cpasync.CopyBulkTensorTileG2SOp(), mX, layout, tuple(shape)
         )
 
+    @property
+    def rank(self) -> int:
+        """Modes of the TMA tensor that rows and columns take."""
+        return 3 if self.whole_boxes else 2
 
-@cute.jit
-def boxes(atom: cute.CopyAtom, sX: cute.Tensor, mX: cute.Tensor):
-    """(slots of shared memory, boxes of mX (rows, d, ...)), partitioned for copies of one box."""
-    shape = (cute.size(sX, mode=[0]), cute.size(sX, mode=[1]))
-    gX = cute.local_tile(mX, shape, (None,) * cute.rank(mX))
-    return cpasync.tma_partition(
-        atom,
-        0,
-        cute.make_layout(1),
-        cute.group_modes(sX, 0, 2),
-        cute.group_modes(gX, 0, 2),
-    )
+    def of_head(self, mX: cute.Tensor, head: Int32) -> cute.Tensor:
+        """The TMA tensor mX of one head: (rows, d, ...) or (rows, chunk, chunks, ...)."""
+        others = (None,) * (cute.rank(mX) - self.rank - 1)
+        return mX[(*(None,) * self.rank, head, *others)]
+
+
+@dataclass(frozen=True)
+class BoxCopies:
+    """The copies of boxes of one head's K or V into the slots of a ring."""
+
+    tile: Constexpr[KvTile]
+    atom: cute.CopyAtom
+    tXsX: Any  # (copy, chunks, boxes, stages), or without chunks if a copy takes all of them
+    tXgX: Any  # (copy, boxes, chunks, ...), chunks being two modes if a copy takes all of them
+
+    @staticmethod
+    @cute.jit
+    def of(tile: Constexpr[KvTile], atom: cute.CopyAtom, sX: cute.Tensor, mX: cute.Tensor):
+        """`atom` from KvTile.tma_load, `sX` by KvTile.box_layout, mX the TMA tensor of a head."""
+        modes = tile.rank
+        box = tuple(cute.size(sX, mode=[i]) for i in range(modes))
+        gX = cute.local_tile(mX, box, (None,) * cute.rank(mX))
+        tXsX, tXgX = cpasync.tma_partition(
+            atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(sX, 0, modes),
+            cute.group_modes(gX, 0, modes),
+        )
+        return BoxCopies(tile, atom, tXsX, tXgX)
+
+    @cute.jit
+    def copy(self, source: tuple, target: tuple, barrier: cute.Pointer):
+        """One box: `source` is (box of the memory[, page]), `target` (box of the block, stage)."""
+        box, page = source[0], source[1:]
+        if const_expr(self.tile.whole_boxes):
+            gX, sX = self.tXgX[(None, box, 0, 0, *page)], self.tXsX[(None, *target)]
+            cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier)
+        else:
+            for chunk in cutlass.range_constexpr(self.tile.num_chunks):
+                gX = self.tXgX[(None, box, chunk, *page)]
+                sX = self.tXsX[(None, chunk, *target)]
+                cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier)
 
 
 @dataclass(frozen=True)
 class DenseKv:
     """K or V of one head of one sequence that lies in one piece."""
 
-    tile: Constexpr[KvTile]
-    atom: cute.CopyAtom
-    tXsX: Any  # (copy, boxes, chunks, stages)
-    tXgX: Any  # (copy, blocks, chunks)
+    copies: BoxCopies
 
     @staticmethod
     @cute.jit
@@ -111,12 +168,16 @@ class DenseKv:
         """`tma` from KvTile.tma_load, `sX` by KvTile.box_layout, `where` (head, batch, offset)."""
         atom, mX = tma
         head, batch, offset = where
-        if const_expr(cute.rank(mX) == 4):
-            mX = cute.domain_offset((offset, 0), mX[None, None, head, batch])
-        else:
-            mX = cute.domain_offset((offset, 0), mX[None, None, head])
-        tXsX, tXgX = boxes(atom, sX, mX)
-        return DenseKv(tile, atom, tXsX, tXgX)
+        mX = tile.of_head(mX, head)
+        if const_expr(cute.rank(mX) == tile.rank + 1):
+            mX = mX[(*(None,) * tile.rank, batch)]
+        mX = cute.domain_offset((offset, *(0,) * (tile.rank - 1)), mX)
+        return DenseKv(BoxCopies.of(tile, atom, sX, mX))
+
+    @property
+    def reach(self) -> int:
+        """As PagedKv's."""
+        return 1
 
     @cute.jit
     def look_up(self, block: Int32) -> cute.Tensor:
@@ -126,15 +187,9 @@ class DenseKv:
         return nothing
 
     @cute.jit
-    def copy(self, block: Int32, slot: Int32, barrier: cute.Pointer, _: cute.Tensor):
+    def copy(self, block: Int32, slot: Int32, barrier: cute.Pointer, _: tuple):
         """Fill `slot` with block `block`; rows past the end of the memory become 0."""
-        for chunk in cutlass.range_constexpr(self.tile.num_chunks):
-            cute.copy(
-                self.atom,
-                self.tXgX[None, block, chunk],
-                self.tXsX[None, 0, chunk, slot],
-                tma_bar_ptr=barrier,
-            )
+        self.copies.copy((block,), (0, slot), barrier)
 
 
 @dataclass(frozen=True)
@@ -142,13 +197,11 @@ class PagedKv:
     """K or V of one head of one sequence in pages, found through its row of the page table.
 
     A box lies in one page: its rows are the greatest common divisor of the page and the block. The
-    lanes of the loading warp look up a block's pages, one a lane, and every lane then learns each.
+    lanes of the loading warp look up where the boxes of several blocks lie, one a lane, so that the
+    blocks that fill an empty ring wait for the table once; each is then told to all lanes.
     """
 
-    tile: Constexpr[KvTile]
-    atom: cute.CopyAtom
-    tXsX: Any  # (copy, boxes, chunks, stages)
-    tXgX: Any  # (copy, boxes of a page, chunks, pages)
+    copies: BoxCopies
     mPages: cute.Tensor  # this sequence's row of the page table
     page_size: Int32
     num_pages: Int32
@@ -160,40 +213,47 @@ class PagedKv:
         """`tma` of (page_size, d, heads, pages); `where` is (head, seqlen_k)."""
         atom, mX = tma
         head, seqlen = where
-        tXsX, tXgX = boxes(atom, sX, mX[None, None, head, None])
-        page_size, num_pages = cute.size(mX, mode=[0]), cute.size(mX, mode=[3])
-        return PagedKv(tile, atom, tXsX, tXgX, mPages, Int32(page_size), Int32(num_pages), seqlen)
+        mX = tile.of_head(mX, head)
+        page_size, num_pages = cute.size(mX, mode=[0]), cute.size(mX, mode=[tile.rank])
+        copies = BoxCopies.of(tile, atom, sX, mX)
+        return PagedKv(copies, mPages, Int32(page_size), Int32(num_pages), seqlen)
+
+    @property
+    def reach(self) -> int:
+        """Blocks whose places one `look_up` finds."""
+        return max(WARP_SIZE // self.copies.tile.num_boxes, 1)
 
     @cute.jit
     def look_up(self, block: Int32) -> cute.Tensor:
-        """Pages of the boxes of `block`: lane l holds those of boxes l, l + 32, ...
+        """(page, box of the page) of the boxes of `block` and those before it.
 
-        Entries past the end of the sequence may be anything and are not read: their boxes name a
-        page that does not exist, so TMA fills them with zeros and counts their bytes all the same.
+        Lane l holds boxes l, l + 32, ..., boxes of `block` - 1 following those of `block`. Entries
+        past the end of the sequence may be anything and are not read: their boxes name a page that
+        does not exist, so TMA fills them with zeros and counts their bytes all the same.
         """
-        pages = cute.make_rmem_tensor(-(-self.tile.num_boxes // WARP_SIZE), Int32)
-        for i in cutlass.range_constexpr(cute.size(pages)):
-            box = cute.arch.lane_idx() + WARP_SIZE * i
-            key = block * self.tile.block_n + box * self.tile.box_n
-            pages[i] = self.num_pages
-            if key >= 0 and key < self.seqlen and box < self.tile.num_boxes:
-                pages[i] = self.mPages[key // self.page_size]
-        return pages
+        tile = self.copies.tile
+        places = cute.make_rmem_tensor((-(-tile.num_boxes // WARP_SIZE), 2), Int32)
+        for i in cutlass.range_constexpr(cute.size(places, mode=[0])):
+            index = cute.arch.lane_idx() + WARP_SIZE * i
+            box = index % tile.num_boxes
+            key = (block - index // tile.num_boxes) * tile.block_n + box * tile.box_n
+            places[i, 0], places[i, 1] = self.num_pages, Int32(0)
+            if key >= 0 and key < self.seqlen:
+                entry = key // self.page_size
+                places[i, 0] = self.mPages[entry]
+                places[i, 1] = (key - entry * self.page_size) // tile.box_n
+        return places
 
     @cute.jit
-    def copy(self, block: Int32, slot: Int32, barrier: cute.Pointer, pages: cute.Tensor):
-        """Fill `slot` with block `block`, whose pages `look_up` found."""
-        boxes_per_page = self.page_size // self.tile.box_n
-        for i in cutlass.range_constexpr(cute.size(pages)):
+    def copy(self, block: Int32, slot: Int32, barrier: cute.Pointer, found: tuple):
+        """Fill `slot` with block `block`; `found` is (places, blocks since their `look_up`)."""
+        places, turn = found
+        tile = self.copies.tile
+        for i in cutlass.range_constexpr(cute.size(places, mode=[0])):
             first = WARP_SIZE * i
-            last = min(first + WARP_SIZE, self.tile.num_boxes)
+            last = min(first + WARP_SIZE, tile.num_boxes)
             for box in cutlass.range(first, last, unroll=BOXES_UNROLLED):
-                page = cute.arch.shuffle_sync(pages[i], box - first)
-                box_of_page = (block * self.tile.num_boxes + box) % boxes_per_page
-                for chunk in cutlass.range_constexpr(self.tile.num_chunks):
-                    cute.copy(
-                        self.atom,
-                        self.tXgX[None, box_of_page, chunk, page],
-                        self.tXsX[None, box, chunk, slot],
-                        tma_bar_ptr=barrier,
-                    )
+                lane = box - first + turn * tile.num_boxes
+                page = cute.arch.shuffle_sync(places[i, 0], lane)
+                box_of_page = cute.arch.shuffle_sync(places[i, 1], lane)
+                self.copies.copy((box_of_page, page), (box, slot), barrier)

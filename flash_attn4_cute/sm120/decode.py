@@ -70,7 +70,7 @@ class DecodeSm120:
             args.num_splits,
             Int32(num_batch),
         )
-        tma = tuple(self.tile.tma_load(rows_first(mX)) for mX in (args.mK, args.mV))
+        tma = tuple(self.tile.fitted(mX).tma_load(mX) for mX in map(rows_first, (args.mK, args.mV)))
         if const_expr(args.mWorkspace is None):
             self.launch(args, tma, grid, stream)
         else:
@@ -96,6 +96,7 @@ class DecodeSm120:
             block=[self.cfg.num_threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.cfg.ctas_per_sm,
+            use_pdl=True,
             preferred_smem_carveout=100,  # percent; named, or CuTe DSL would ask a device
         )
 
@@ -126,13 +127,19 @@ class DecodeSm120:
         )
         producer, consumer = self.make_ring(barriers)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        work = DecodeWork.of(cfg, self.rule, args, grid)
-        cute.arch.griddepcontrol_launch_dependents()
         if warp == cfg.load_warp:
             for operand in tma:
                 cpasync.prefetch_descriptor(operand[0])
+        # What comes before on the stream has written the lengths, the cache and the queries.
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        work = DecodeWork.of(cfg, self.rule, args, grid)
+        if warp == cfg.load_warp:
             boxes = cute.make_tensor(sKV.iterator, tile.box_layout(cfg.kv_stages))
-            k, v = (self.source(args, operand, boxes, work) for operand in tma)
+            k, v = (
+                self.source(args, self.tile.fitted(rows_first(mX)), operand, boxes, work)
+                for mX, operand in ((args.mK, tma[0]), (args.mV, tma[1]))
+            )
             DecodeLoadRole(k, v, producer, work).run()
         else:
             guard_v = args.mCuSeqlensK is not None or args.mSeqUsedK is not None
@@ -163,14 +170,14 @@ class DecodeSm120:
             (cfg.num_compute_warps, cfg.rows, cfg.head_dim), stride=(cfg.rows * row, row, 1)
         )
 
-    def source(self, args: DecodeArgs, tma, boxes: cute.Tensor, work: DecodeWork):
+    def source(self, args: DecodeArgs, tile: KvTile, tma, boxes: cute.Tensor, work: DecodeWork):
         """Where blocks of K or V come from."""
         seqlen = work.seqlen
         if args.mPageTable is not None:
             where = (work.kv_head, seqlen.seqlen_k)
-            return PagedKv.of(self.tile, tma, boxes, where, args.mPageTable[work.batch, None])
+            return PagedKv.of(tile, tma, boxes, where, args.mPageTable[work.batch, None])
         where = (work.kv_head, seqlen.batch_k, seqlen.offset_k)
-        return DenseKv.of(self.tile, tma, boxes, where)
+        return DenseKv.of(tile, tma, boxes, where)
 
 
 @cute.jit

@@ -20,14 +20,16 @@ class DecodeLoadRole:
 
     @cute.jit
     def run(self):
-        kv_ring = self.kv_ring
-        pages = self.k.look_up(self.work.hi - 1)
+        kv_ring, reach = self.kv_ring, self.k.reach
+        places = self.k.look_up(self.work.hi - 1)
+        # The table is read while the ring is full.
+        following = self.k.look_up(self.work.hi - 1 - reach)
         for i in cutlass.range(self.work.hi - self.work.lo, unroll=1):
-            block = self.work.hi - 1 - i
-            # One block ahead: the table is read while the ring is full.
-            next_pages = self.k.look_up(block - 1)
+            block, turn = self.work.hi - 1 - i, i % reach
+            if i > 0 and turn == 0:
+                places.store(following.load())
+                following.store(self.k.look_up(block - reach).load())
             slot = kv_ring.acquire_and_advance()
-            self.k.copy(block, slot.index, slot.barrier, pages)
+            self.k.copy(block, slot.index, slot.barrier, (places, turn))
             slot = kv_ring.acquire_and_advance()
-            self.v.copy(block, slot.index, slot.barrier, pages)
-            pages.store(next_pages.load())
+            self.v.copy(block, slot.index, slot.barrier, (places, turn))
