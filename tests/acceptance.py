@@ -6,7 +6,7 @@
 | l2 | Euclidean norm / norm of ref | 1.5 x MIXED + 1 rounding of ref |
 | row | worst row's norm / norm of its magnitude | 2 x MIXED + 1 rounding of ref |
 | element | worst element / its own magnitude | 3 x MIXED + 1 rounding of ref |
-| lse | max over rows | 2 x MIXED |
+| lse | max over rows | 2 x MIXED (softcap: + 2 float32 epsilons of it) |
 
 ref is the float64 oracle; field is upstream's rule, whose last term is computed in the output
 dtype. NAIVE and MIXED are the errors of the oracle's formulas in the inputs' dtype (oracle.py).
@@ -32,6 +32,8 @@ FIELD_MULTIPLE, FIELD_MULTIPLE_SOFTCAP, FIELD_ROUNDINGS = 2.0, 3.0, 2.0
 L2_MULTIPLE, ROW_MULTIPLE, ELEMENT_MULTIPLE = 1.5, 2.0, 3.0
 LSE_MULTIPLE = 2.0
 ARITHMETIC = 8 * torch.finfo(torch.float32).eps
+# softcap * tanh(x) with a tanh that is right to one part in 2^23 of its range, not of its value.
+CAP_ARITHMETIC = 2 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Reference:
     exact: Result
     naive: Result
     mixed: Result
-    softcap: bool
+    softcap: float
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +73,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule, batch: int = 0) -> Re
         return oracle.attend(q, k, v, rule, batch, precision)
 
     with torch.no_grad():
-        return Reference(at(EXACT), at(NAIVE), at(MIXED), softcap=rule.softcap != 0)
+        return Reference(at(EXACT), at(NAIVE), at(MIXED), softcap=rule.softcap)
 
 
 def references(
@@ -112,7 +114,7 @@ def lse_finding(lse: Tensor, ref: Reference) -> Finding:
     finite = exact.isfinite()
     if not torch.equal(lse.double()[~finite], exact[~finite]):
         return Finding("lse", float("inf"), 0.0)
-    floor = ARITHMETIC * max(1.0, _max(exact[finite]))
+    floor = ARITHMETIC * max(1.0, _max(exact[finite])) + CAP_ARITHMETIC * ref.softcap
     bound = LSE_MULTIPLE * _max((mixed.double() - exact)[finite]) + floor
     return Finding("lse", _max((lse.double() - exact)[finite]), bound)
 
