@@ -47,7 +47,9 @@ class ForwardArgs(NamedTuple):
 
     `mQ`, `mO` (b, sq, h, d) or (total_q, h, d); `mK`, `mV` (b, sk, h_k, d) or (total_k, h_k, d);
     `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `mKvRow` (b,) is the row of dense
-    K and V that belongs to each sequence, `mLeftPad` (b,) the first key that counts in it.
+    K and V that belongs to each sequence, `mLeftPad` (b,) the first key that counts in it. With
+    `mPageTable`, K and V are (pages, page_size, h_k, d). With `mWorkspace`, float32 of `num_splits`
+    times as many values as mO and mLSE have, keys are split.
     `softmax_scale` is the factor in the exponentials; `score` is None without steps before them.
     `window_left` and `window_right` are read only where the mask rule has that bound. `max_ctas`
     bounds the grid: fewer CTAs than tiles compute several each.
@@ -64,11 +66,14 @@ class ForwardArgs(NamedTuple):
     mSeqUsedK: cute.Tensor | None
     mKvRow: cute.Tensor | None
     mLeftPad: cute.Tensor | None
+    mPageTable: cute.Tensor | None
+    mWorkspace: cute.Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32
     max_seqlen_q: Int32
     max_ctas: Int32
+    num_splits: Int32
     score: ScoreArgs | None
     blocks: BlockArgs | None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from .common.seqlen import extent
 from .common.softmax import LOG2_E
@@ -239,3 +239,38 @@ class CombineKernel:
                 out.store(total[None, i].load().to(mO.element_type))
                 target = cute.local_tile(mO, (LOAD_ELEMENTS,), (column,))
                 cute.autovec_copy(out, target)
+
+
+def merge_of(args: Any, mO: cute.Tensor, mLSE: cute.Tensor) -> CombineArgs:
+    """The merge that follows a launch of ForwardArgs or DecodeArgs whose partials are mO, mLSE."""
+    return CombineArgs(
+        mO,
+        mLSE,
+        args.mO,
+        args.mLSE,
+        args.mCuSeqlensQ,
+        args.mSeqUsedQ,
+        None if args.score is None else args.score.mSink,
+        args.max_seqlen_q,
+    )
+
+
+@cute.jit
+def partials(args: Any):
+    """The workspace of ForwardArgs or DecodeArgs: O (splits, like mO) and LSE, both float32.
+
+    LSE is (splits, b, h, sq) or (splits, h, t).
+    """
+    shape = args.mO.shape
+    lse_shape = (shape[1], shape[0]) if cute.rank(args.mO) == 3 else (shape[0], shape[2], shape[1])
+    mO = compact(args.mWorkspace.iterator, (args.num_splits, *shape))
+    mLSE = compact(args.mWorkspace.iterator + cute.cosize(mO.layout), (args.num_splits, *lse_shape))
+    return mO, mLSE
+
+
+def compact(pointer: cute.Pointer, shape: tuple) -> cute.Tensor:
+    """A row-major tensor whose strides do not overflow 32 bits."""
+    strides: list = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, Int64(size) * strides[0])
+    return cute.make_tensor(pointer, cute.make_layout(shape, stride=tuple(strides)))

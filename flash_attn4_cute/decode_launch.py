@@ -1,31 +1,19 @@
 """Launches the decode kernel on the tensors of one call."""
 
-import torch
-
 from . import compiler
 from .decode_plan import DecodeKey
-from .launch import SMALLEST_SCALE, canonical, score_args
+from .launch import SMALLEST_SCALE, canonical, score_args, workspace
 from .plan import Plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
 
 
-def new_workspace(size: int, device: torch.device) -> torch.Tensor:
-    """Float32 memory for partial results; it comes with whatever it held."""
-    return torch.empty(size, dtype=torch.float32, device=device)
-
-
 def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
-    """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names.
-
-    The workspace of split keys comes from
-    PyTorch's allocator, so that a CUDA graph owns its own.
-    """
+    """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names."""
     from .decode_arguments import DecodeArgs
 
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
-    values = out.numel() + out.numel() // problem.head_dim_v
     k, v = tensors.k, tensors.v
     if problem.fp8_kv:
         k, v = k.view(problem.dtype), v.view(problem.dtype)
@@ -35,7 +23,7 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
         canonical(v),
         canonical(out),
         tensors.lse,
-        new_workspace(plan.num_splits * values, out.device) if key.is_split else None,
+        workspace(problem, out, plan.num_splits) if key.is_split else None,
         tensors.cu_seqlens_q,
         tensors.cu_seqlens_k,
         tensors.seqused_q,

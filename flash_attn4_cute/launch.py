@@ -74,15 +74,32 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         tensors.seqused_k,
         tensors.kv_batch_idx,
         tensors.cache_leftpad,
+        tensors.page_table,
+        workspace(problem, out, plan.num_splits) if key.merged_dim else None,
         1.0 if key.score.scaled else max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
         plan.window_right,
         problem.seqlen_q,
         plan.max_ctas,
+        plan.num_splits,
         None if key.score == PLAIN else score_args(problem, tensors),
         None if tensors.blocks is None else _block_args(problem, tensors.blocks, key),
     )
     compiler.compiled(key)(args)
+
+
+def new_workspace(size: int, device: torch.device) -> Tensor:
+    """Float32 memory for partial results; it comes with whatever it held.
+
+    From PyTorch's allocator, so that a CUDA graph owns its own.
+    """
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def workspace(problem: AttentionProblem, out: Tensor, num_splits: int) -> Tensor:
+    """Room for O and LSE of each split."""
+    values = out.numel() + out.numel() // problem.head_dim_v
+    return new_workspace(num_splits * values, out.device)
 
 
 def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArgs:

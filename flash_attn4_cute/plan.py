@@ -18,6 +18,7 @@ from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
 from .rules import PLAIN, BandRule, ScoreRule
 from .sm100 import tiles as sm100_tiles
+from .sm100.fit import choose_splits, fitted
 from .tiles import FORWARD_ROWS, TileConfig
 
 UNBOUNDED = 2**31 - 1
@@ -30,7 +31,10 @@ AUX_DTYPES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardKey:
-    """Everything that a compiled forward kernel depends on."""
+    """Everything that a compiled forward kernel depends on.
+
+    `merged_dim` is v's head dimension if keys are split, for the merge is compiled for it, else 0.
+    """
 
     variant: str
     dtype: torch.dtype
@@ -44,6 +48,7 @@ class ForwardKey:
     has_kv_batch_idx: bool = False
     has_leftpad: bool = False
     score: ScoreRule = PLAIN
+    merged_dim: int = 0
 
     @property
     def family(self) -> str:
@@ -111,8 +116,12 @@ def make_plan(problem: AttentionProblem) -> Plan:
     """
     card = supported_card(problem.device)
     assert card.variant is not None, "supported_card has refused the others"
-    for refusal in _refusals(problem):
+    cfg = forward_row(
+        card.variant, problem.head_dim, problem.head_dim_v, problem.block_size is not None
+    )
+    for refusal in _refusals(problem, cfg is not None and cfg.is_general):
         raise NotImplementedError(refusal)
+    assert cfg is not None, "the last row holds every head dimension that is not refused"
     band = band_of(problem.mask)
     left, right = (band.left, band.right) if isinstance(band, Band) else (None, None)
     # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
@@ -124,11 +133,13 @@ def make_plan(problem: AttentionProblem) -> Plan:
         "misfits": problem.misfits,
     }
     rule = BandRule.of(problem)
-    if decodes(problem):
+    if decodes(problem, cfg.is_general):
         decode_key, num_splits = decode_plan(problem, rule, card)
         return Plan(key=decode_key, num_splits=num_splits, **shared)
-    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v, rule.block_sparse)
-    assert cfg is not None, "the last row holds every head dimension that is not refused"
+    num_splits = 1
+    if isinstance(cfg, sm100_tiles.TileConfig):
+        cfg = fitted(cfg, problem)
+        num_splits = choose_splits(cfg, problem, card.num_sms)
     key = ForwardKey(
         variant=card.variant,
         dtype=problem.dtype,
@@ -142,11 +153,13 @@ def make_plan(problem: AttentionProblem) -> Plan:
         has_kv_batch_idx=problem.has_kv_batch_idx,
         has_leftpad=problem.has_cache_leftpad,
         score=ScoreRule.of(problem),
+        merged_dim=problem.head_dim_v if num_splits > 1 else 0,
     )
     # One CTA fits an SM. Where all sequences are equally long, each gets its share of tiles at the
     # start; else a CTA a tile, so that the card hands out the next one wherever an SM is free.
     even = problem.q_layout is Layout.DENSE and not (problem.has_seqused_q or problem.has_seqused_k)
-    return Plan(key=key, max_ctas=card.num_sms if even else UNBOUNDED, **shared)
+    max_ctas = card.num_sms if even and num_splits == 1 else UNBOUNDED
+    return Plan(key=key, max_ctas=max_ctas, num_splits=num_splits, **shared)
 
 
 def forward_rows(variant: str) -> tuple[Any, ...]:
@@ -166,12 +179,12 @@ def forward_row(
     return next((row for row in (*own, *FORWARD_ROWS) if row.holds(head_dim, head_dim_v)), None)
 
 
-def _refusals(p: AttentionProblem):
+def _refusals(p: AttentionProblem, is_general: bool):
     """The reasons, in the user's words, why no GPU kernel answers `p`."""
     on_cpu = "or pass CPU tensors"
     if p.dtype not in (torch.float16, torch.bfloat16):
         yield _refuse("dtype", p.dtype, "the GPU kernels take float16 and bfloat16", "cast q, k, v")
-    if p.fp8_kv and (p.head_dim % 16 or p.head_dim_v % 16 or not decodes(p)):
+    if p.fp8_kv and (p.head_dim % 16 or p.head_dim_v % 16 or not decodes(p, is_general)):
         rule = "the GPU reads fp8 with head dimensions that are multiples of 16, without dropout"
         yield _refuse("k.dtype, v.dtype", FP8, rule, f"convert them to q's dtype, {on_cpu}")
     for name, dim in (("head_dim", p.head_dim), ("head_dim_v", p.head_dim_v)):
@@ -190,11 +203,14 @@ def _refusals(p: AttentionProblem):
     if p.requires_grad:
         rule = "there is no backward pass on the GPU yet"
         yield _refuse("requires_grad", True, rule, f"call under torch.no_grad(), {on_cpu}")
-    yield from _combinations(p)
+    yield from _combinations(p, is_general)
 
 
-def _combinations(p: AttentionProblem):
-    """Why none of the kernels does all of what `p` asks: only one splits keys and reads pages."""
+def _combinations(p: AttentionProblem, is_general: bool):
+    """Why none of the kernels does all of what `p` asks.
+
+    If the forward kernel is not general, only the decode kernel splits keys and reads pages.
+    """
     asked = (
         ("page_table", p.kv_layout is Layout.PAGED),
         ("num_splits", p.num_splits > 1),
@@ -202,12 +218,12 @@ def _combinations(p: AttentionProblem):
     )
     together = [name for name, given in asked if given]
     alone = (
-        ("dropout_p", p.dropout_p, p.dropout_p > 0.0),
+        ("dropout_p", p.dropout_p, p.dropout_p > 0.0 and not is_general),
         ("block_sparse_tensors", "given", p.block_size is not None),
     )
     for name, value, given in alone if together else ():
         if given:
-            rule = f"not on the GPU together with {', '.join(together)}"
+            rule = f"not on this GPU together with {', '.join(together)}"
             yield _refuse(name, value, rule, "leave one of them out, or pass CPU tensors")
 
 

@@ -57,34 +57,36 @@ def trace_forward(key: ForwardKey) -> tuple:
     dtype = NUMERIC[key.dtype]
     batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
     packed_q = key.q_layout is Layout.VARLEN
-    packed_k = key.kv_layout is Layout.VARLEN
-
-    d, d_v = cute.sym_int(divisibility=8), cute.sym_int(divisibility=8)
-    total_q, total_k = cute.sym_int(), cute.sym_int()
-
-    def tokens(packed: bool, sequences, *shape) -> cute.Tensor:
-        return rows(dtype, shape if packed else (sequences, *shape))
-
-    batch_k = cute.sym_int() if key.has_kv_batch_idx else batch
+    d, d_v = cute.sym_int(divisibility=8), key.merged_dim or cute.sym_int(divisibility=8)
+    total_q = cute.sym_int()
+    kv_lead = {
+        Layout.DENSE: (cute.sym_int() if key.has_kv_batch_idx else batch, cute.sym_int()),
+        Layout.VARLEN: (cute.sym_int(),),
+        Layout.PAGED: (cute.sym_int(), cute.sym_int(divisibility=getattr(key.cfg, "box_n", 1))),
+    }[key.kv_layout]
+    q_lead = (total_q,) if packed_q else (batch, total_q)
 
     lse_shape = (heads, total_q) if packed_q else (batch, heads, total_q)
     args = ForwardArgs(
-        mQ=tokens(packed_q, batch, total_q, heads, d),
-        mK=tokens(packed_k, batch_k, total_k, heads_kv, d),
-        mV=tokens(packed_k, batch_k, total_k, heads_kv, d_v),
-        mO=tokens(packed_q, batch, total_q, heads, d_v),
+        mQ=rows(dtype, (*q_lead, heads, d)),
+        mK=rows(dtype, (*kv_lead, heads_kv, d)),
+        mV=rows(dtype, (*kv_lead, heads_kv, d_v)),
+        mO=rows(dtype, (*q_lead, heads, d_v)),
         mLSE=values(Float32, lse_shape, key.has_lse),
         mCuSeqlensQ=values(Int32, (cute.sym_int(),), packed_q),
-        mCuSeqlensK=values(Int32, (cute.sym_int(),), packed_k),
+        mCuSeqlensK=values(Int32, (cute.sym_int(),), key.kv_layout is Layout.VARLEN),
         mSeqUsedQ=values(Int32, (cute.sym_int(),), key.has_seqused_q),
         mSeqUsedK=values(Int32, (cute.sym_int(),), key.has_seqused_k),
         mKvRow=values(Int32, (cute.sym_int(),), key.has_kv_batch_idx),
         mLeftPad=values(Int32, (cute.sym_int(),), key.has_leftpad),
+        mPageTable=values(Int32, (cute.sym_int(), cute.sym_int()), key.kv_layout is Layout.PAGED),
+        mWorkspace=rows(Float32, (cute.sym_int64(),), key.merged_dim > 0),
         softmax_scale=Float32(1.0),
         window_left=Int32(0),
         window_right=Int32(0),
         max_seqlen_q=Int32(0),
         max_ctas=Int32(0),
+        num_splits=Int32(1),
         score=score_args(key.score),
         blocks=block_args() if key.rule.block_sparse else None,
     )

@@ -55,6 +55,11 @@ class TileConfig:
         return "sm120"
 
     @property
+    def is_general(self) -> bool:
+        """Whether the kernel also reads pages, splits keys and packs heads: see decode_plan."""
+        return False
+
+    @property
     def block_m(self) -> int:
         return self.num_compute_warps * self.rows_per_warp
 

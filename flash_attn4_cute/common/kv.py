@@ -7,6 +7,8 @@ its chunks lie side by side and one TMA instruction brings all of them: with sma
 instructions is what bounds the loading warp. Else, and where the tensor is narrower than its tiles,
 every chunk takes an instruction of its own. The swizzle XORs bits of the absolute address, so a box
 may begin at any row whose address is a multiple of 128 bytes.
+
+Pages that leave no room for a box of some rows are gathered instead, row by row, by cp.async.
 """
 
 from dataclasses import dataclass, replace
@@ -14,8 +16,10 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Constexpr, Int32, Int64, const_expr
+from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
+from cutlass.cutlass_dsl import dsl_user_op
 
 from ..tiles import WARP_SIZE
 
@@ -24,6 +28,8 @@ SWIZZLE_BITS = {128: 3, 64: 2, 32: 1}  # by bytes of one row of the atom
 SWIZZLE_BASE = 4  # 16-byte units move
 SWIZZLE_SHIFT = 3
 ATOM_ROWS = 8  # after which the swizzle repeats
+COPY_BYTES = 16  # of one cp.async of a lane
+COPIES_UNROLLED = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class KvTile:
     chunk: int  # columns of one swizzle atom
     box_n: int  # rows of one TMA box
     whole_boxes: bool = False  # one instruction brings all chunks of a box
+    box_by_box: bool = True  # else all rows of a chunk follow each other, as tcgen05 wants them
+    slot_columns: int = 0  # of a slot, if it is wider than the block
 
     @property
     def swizzle(self) -> cute.Swizzle:
@@ -53,7 +61,7 @@ class KvTile:
     @property
     def box_rows(self) -> int:
         """Rows of a chunk that lie one after the other."""
-        return self.box_n if self.box_n % ATOM_ROWS == 0 else self.block_n
+        return self.box_n if self.box_by_box and self.box_n % ATOM_ROWS == 0 else self.block_n
 
     def layout(self, stages: int) -> cute.Layout:
         """(block_n, d, stages), before the swizzle."""
@@ -77,7 +85,7 @@ class KvTile:
                 1,
                 rows * self.chunk,
                 self.box_n * (self.head_dim if rows == self.box_n else self.chunk),
-                self.block_n * self.head_dim,
+                self.block_n * (self.slot_columns or self.head_dim),
             ),
         )
 
@@ -86,8 +94,8 @@ class KvTile:
         whole = cute.size(mX, mode=[1]) == self.head_dim and self.box_rows == self.box_n
         return replace(self, whole_boxes=whole and self.num_chunks > 1)
 
-    def tma_load(self, mX: cute.Tensor):
-        """The copy atom and TMA tensor that load one box of mX (rows, d, ...).
+    def tma_load(self, mX: cute.Tensor, op: Any = None):
+        """The copy atom and TMA tensor that load one box of mX (rows, d, ...), by `op` or TMA.
 
         With whole boxes, the tensor is (rows, chunk, chunks, ...).
         """
@@ -102,9 +110,8 @@ class KvTile:
             mX = cute.make_tensor(mX.iterator, in_chunks)
         box = cute.make_layout(tuple(shape), stride=tuple(stride))
         layout = cute.make_composed_layout(self.swizzle, 0, box)
-        return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), mX, layout, tuple(shape)
-        )
+        op = op or cpasync.CopyBulkTensorTileG2SOp()
+        return cpasync.make_tiled_tma_atom(op, mX, layout, tuple(shape))
 
     @property
     def rank(self) -> int:
@@ -119,16 +126,23 @@ class KvTile:
 
 @dataclass(frozen=True)
 class BoxCopies:
-    """The copies of boxes of one head's K or V into the slots of a ring."""
+    """The copies of boxes of one head's K or V into the slots of a ring, from a chunk on."""
 
     tile: Constexpr[KvTile]
     atom: cute.CopyAtom
     tXsX: Any  # (copy, chunks, boxes, stages), or without chunks if a copy takes all of them
     tXgX: Any  # (copy, boxes, chunks, ...), chunks being two modes if a copy takes all of them
+    first_chunk: Any
 
     @staticmethod
     @cute.jit
-    def of(tile: Constexpr[KvTile], atom: cute.CopyAtom, sX: cute.Tensor, mX: cute.Tensor):
+    def of(
+        tile: Constexpr[KvTile],
+        atom: cute.CopyAtom,
+        sX: cute.Tensor,
+        mX: cute.Tensor,
+        first_chunk: Any,
+    ):
         """`atom` from KvTile.tma_load, `sX` by KvTile.box_layout, mX the TMA tensor of a head."""
         modes = tile.rank
         box = tuple(cute.size(sX, mode=[i]) for i in range(modes))
@@ -140,7 +154,7 @@ class BoxCopies:
             cute.group_modes(sX, 0, modes),
             cute.group_modes(gX, 0, modes),
         )
-        return BoxCopies(tile, atom, tXsX, tXgX)
+        return BoxCopies(tile, atom, tXsX, tXgX, first_chunk)
 
     @cute.jit
     def copy(self, source: tuple, target: tuple, barrier: cute.Pointer):
@@ -151,7 +165,7 @@ class BoxCopies:
             cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier)
         else:
             for chunk in cutlass.range_constexpr(self.tile.num_chunks):
-                gX = self.tXgX[(None, box, chunk, *page)]
+                gX = self.tXgX[(None, box, self.first_chunk + chunk, *page)]
                 sX = self.tXsX[(None, chunk, *target)]
                 cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier)
 
@@ -164,7 +178,7 @@ class DenseKv:
 
     @staticmethod
     @cute.jit
-    def of(tile: Constexpr[KvTile], tma, sX: cute.Tensor, where):
+    def of(tile: Constexpr[KvTile], tma, sX: cute.Tensor, where, first_chunk: Any = 0):
         """`tma` from KvTile.tma_load, `sX` by KvTile.box_layout, `where` (head, batch, offset)."""
         atom, mX = tma
         head, batch, offset = where
@@ -172,7 +186,7 @@ class DenseKv:
         if const_expr(cute.rank(mX) == tile.rank + 1):
             mX = mX[(*(None,) * tile.rank, batch)]
         mX = cute.domain_offset((offset, *(0,) * (tile.rank - 1)), mX)
-        return DenseKv(BoxCopies.of(tile, atom, sX, mX))
+        return DenseKv(BoxCopies.of(tile, atom, sX, mX, first_chunk))
 
     @property
     def reach(self) -> int:
@@ -209,13 +223,15 @@ class PagedKv:
 
     @staticmethod
     @cute.jit
-    def of(tile: Constexpr[KvTile], tma, sX: cute.Tensor, where, mPages: cute.Tensor):
+    def of(
+        tile: Constexpr[KvTile], tma, sX: cute.Tensor, where, mPages: cute.Tensor, first_chunk=0
+    ):
         """`tma` of (page_size, d, heads, pages); `where` is (head, seqlen_k)."""
         atom, mX = tma
         head, seqlen = where
         mX = tile.of_head(mX, head)
         page_size, num_pages = cute.size(mX, mode=[0]), cute.size(mX, mode=[tile.rank])
-        copies = BoxCopies.of(tile, atom, sX, mX)
+        copies = BoxCopies.of(tile, atom, sX, mX, first_chunk)
         return PagedKv(copies, mPages, Int32(page_size), Int32(num_pages), seqlen)
 
     @property
@@ -257,3 +273,80 @@ class PagedKv:
                 page = cute.arch.shuffle_sync(places[i, 0], lane)
                 box_of_page = cute.arch.shuffle_sync(places[i, 1], lane)
                 self.copies.copy((box_of_page, page), (box, slot), barrier)
+
+
+@dataclass(frozen=True)
+class GatheredKv:
+    """As PagedKv, for pages of any size: one warp copies each row from wherever it lies.
+
+    `mX` (page_size, d, pages) of one head, `slots` the address of the slots in shared memory. Lane
+    l looks up rows l, l + 32, ... of a block. Rows past the end of the sequence become 0.
+    """
+
+    tile: Constexpr[KvTile]
+    mX: cute.Tensor
+    slots: Int32
+    mPages: cute.Tensor  # this sequence's row of the page table
+    seqlen: Int32
+    first_column: Int32
+
+    @cute.jit
+    def look_up(self, block: Int32) -> cute.Tensor:
+        """Pages of the rows of `block`; -1 past the end, where the table is not read."""
+        pages = cute.make_rmem_tensor(self.tile.block_n // WARP_SIZE, Int32)
+        pages.fill(-1)
+        for i in cutlass.range_constexpr(cute.size(pages)):
+            key = block * self.tile.block_n + cute.arch.lane_idx() + WARP_SIZE * i
+            if key >= 0 and key < self.seqlen:
+                pages[i] = self.mPages[key // cute.size(self.mX, mode=[0])]
+        return pages
+
+    @cute.jit
+    def copy(self, block: Int32, slot: Int32, pages: cute.Tensor):
+        """Begin to fill `slot` with block `block`, whose pages `look_up` found."""
+        tile, lane = self.tile, cute.arch.lane_idx()
+        page_size = cute.size(self.mX, mode=[0])
+        row_stride, _, page_stride = self.mX.stride
+        per_row = tile.head_dim * tile.dtype.width // 8 // COPY_BYTES
+        columns = cute.size(self.mX, mode=[1]) - self.first_column
+        columns = columns * tile.dtype.width // 8 // COPY_BYTES
+        row_bytes = tile.chunk * tile.dtype.width // 8
+        slot_bytes = tile.block_n * (tile.slot_columns or tile.head_dim) * tile.dtype.width // 8
+        start = self.slots + slot * slot_bytes
+        for i in cutlass.range_constexpr(cute.size(pages)):
+            key = block * tile.block_n + lane + WARP_SIZE * i
+            offset = Int64(pages[i]) * page_stride + Int64(key % page_size) * row_stride
+            offset += self.first_column
+            source = self.mX.iterator.toint() + offset * (tile.dtype.width // 8)
+            for j in cutlass.range(per_row, unroll=COPIES_UNROLLED):
+                number = j * WARP_SIZE + lane
+                local, column = number // per_row, number % per_row
+                page = cute.arch.shuffle_sync(pages[i], local)
+                row_source = cute.arch.shuffle_sync(source, local)
+                row = local + WARP_SIZE * i
+                inside = column * COPY_BYTES
+                target = row * row_bytes + inside % row_bytes
+                target += inside // row_bytes * (tile.block_n * row_bytes)
+                # The swizzle, of addresses that begin at a multiple of its period.
+                mask = (1 << SWIZZLE_BITS[row_bytes]) - 1
+                period = SWIZZLE_BASE + SWIZZLE_SHIFT
+                target = start + (target ^ ((target >> period & mask) << SWIZZLE_BASE))
+                exists = page >= 0 and column < columns
+                place = row_source + inside if exists else self.mX.iterator.toint()
+                copy_or_clear(target, Int64(place), Int32(COPY_BYTES if exists else 0))
+
+
+@dsl_user_op
+def copy_or_clear(target: Int32, source: Int64, num_bytes: Int32, *, loc=None, ip=None):
+    """cp.async of 16 bytes to shared memory, of which those from `num_bytes` on become 0."""
+    llvm.inline_asm(
+        None,
+        [x.ir_value(loc=loc, ip=ip) for x in (Int32(target), Int64(source), Int32(num_bytes))],
+        f"cp.async.cg.shared.global [$0], [$1], {COPY_BYTES}, $2;",
+        "r,l,r",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )

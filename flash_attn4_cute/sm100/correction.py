@@ -31,7 +31,6 @@ class CorrectionRole:
     """Consumes the statistics and O, writes O and LSE to global memory."""
 
     cfg: Constexpr[TileConfig]
-    dtype: Constexpr[type[cutlass.Numeric]]
     score: Constexpr[Any]
     tmem: Constexpr[TmemMap]
     statistics: Statistics
@@ -67,7 +66,7 @@ class CorrectionRole:
                     fence_after_sync()
                     self.finish(args, work, tile, thread, total, m)
                 tile_phase ^= 1
-            elif work.row < work.seqlen.seqlen_q:
+            elif work.token < work.seqlen.seqlen_q:
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     self.epilogue(work, tile, thread).store_nothing(args)
             turn += 1
@@ -104,13 +103,14 @@ class CorrectionRole:
         """Divide O by l, store it and the log-sum-exp; a row that saw no key: O = 0, LSE = -inf.
 
         A sink, a logit without a value, takes part where there are keys; see OnlineSoftmax.finish.
+        If keys are split, the merge adds it.
         """
         epilogue = self.epilogue(work, tile, thread)
         empty = total == 0.0
         m_log2 = m * args.softmax_scale * LOG2_E
         factor = Float32(1.0)
-        if const_expr(self.score.sink is not None):
-            sink_log2 = args.score.mSink[work.tile.head].to(Float32) * LOG2_E
+        if const_expr(self.score.sink is not None and args.mWorkspace is None):
+            sink_log2 = args.score.mSink[work.head_of(thread)].to(Float32) * LOG2_E
             m_old = m_log2
             m_log2 = cute.arch.fmax(m_old, sink_log2)
             factor = cute.math.exp2(m_old - m_log2, fastmath=True)
@@ -124,5 +124,4 @@ class CorrectionRole:
         epilogue.store_o(args, self.tmem.o[tile], inverse)
 
     def epilogue(self, work: Work, tile: int, thread: Int32) -> Epilogue:
-        row = work.tile_row(self.cfg.ctas, tile)
-        return Epilogue(self.cfg, self.dtype, self.sO, work, row, thread)
+        return Epilogue(self.cfg, self.sO, work, tile, thread)

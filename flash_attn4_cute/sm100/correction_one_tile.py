@@ -50,6 +50,6 @@ class CorrectionOneTileRole(CorrectionRole):
                 fence_after_sync()
                 self.finish(args, work, 0, thread, total, m)
                 tile_phase ^= 1
-            elif work.row < work.seqlen.seqlen_q:
+            elif work.token < work.seqlen.seqlen_q:
                 self.epilogue(work, 0, thread).store_nothing(args)
             turn += 1

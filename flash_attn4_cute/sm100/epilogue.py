@@ -7,33 +7,42 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ..arguments import ForwardArgs
-from .tiles import STAGED_COLUMNS, WARP_SIZE, TileConfig
+from .tiles import STAGED_BYTES, WARP_SIZE, TileConfig
 from .tmem import TmemRow, wait_loads
 from .work import Work
 
-STORE_ELEMENTS = 8  # 16 bytes a lane
+STORE_BITS = 128  # of one store of a lane
 CHUNK = 16  # columns of O in registers at a time: one MMA step, so that they divide every depth
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """For the 128 rows from `row` on, of which thread `thread` has one.
+    """For the 128 rows of Q tile `tile`, of which thread `thread` has one.
 
-    A warp stages its rows in `sO` (128, STAGED_COLUMNS), some columns at a time, to store 16 bytes
-    a lane along each row. It shares the memory with no other warp.
+    A warp stages its rows in `sO` (128, columns), some columns at a time, to store 16 bytes a lane
+    along each row. It shares the memory with no other warp. If keys are split, O and LSE are
+    float32 with the splits in front.
     """
 
     cfg: Constexpr[TileConfig]
-    dtype: Constexpr[type[cutlass.Numeric]]
     sO: cute.Tensor
     work: Work
-    row: Int32
+    tile: Constexpr[int]
     thread: Int32
+
+    @property
+    def elements(self) -> int:
+        """Values of one store."""
+        return STORE_BITS // self.sO.element_type.width
+
+    @property
+    def staged_columns(self) -> int:
+        return STAGED_BYTES * 8 // self.sO.element_type.width
 
     @cute.jit
     def store_o(self, args: ForwardArgs, first_column: Constexpr[int], inverse: Float32):
         """Store O * inverse, O in tensor memory from `first_column` on."""
-        for start in cutlass.range_constexpr(0, self.cfg.head_dim_v, STAGED_COLUMNS):
+        for start in cutlass.range_constexpr(0, self.cfg.head_dim_v, self.staged_columns):
             cute.arch.sync_warp()
             for column in cutlass.range_constexpr(start, self.staged_end(start), CHUNK):
                 rO = cute.make_rmem_tensor(CHUNK, Float32)
@@ -43,78 +52,88 @@ class Epilogue:
                     rO[i], rO[i + 1] = cute.arch.mul_packed_f32x2(
                         (rO[i], rO[i + 1]), (inverse, inverse)
                     )
-                rounded = cute.make_rmem_tensor(CHUNK, self.dtype)
-                rounded.store(rO.load().to(self.dtype))
+                rounded = cute.make_rmem_tensor(CHUNK, self.sO.element_type)
+                rounded.store(rO.load().to(self.sO.element_type))
                 self.stage(rounded, column - start)
             cute.arch.sync_warp()
             self.store_staged(args, start)
 
     @cute.jit
     def store_nothing(self, args: ForwardArgs):
-        """What rows that see no key get: O = 0, LSE = -inf. Rare: it takes no registers."""
+        """What rows that see no key get: O = 0, LSE = -inf. Rare: it takes no registers.
+
+        The merge of split keys does not read O of a part without keys.
+        """
         self.store_lse(args, -Float32.inf)
-        zeros = cute.make_rmem_tensor(STORE_ELEMENTS, self.dtype)
-        zeros.fill(0.0)
-        row = self.row + self.thread
-        if row < self.work.seqlen.seqlen_q:
-            mO = cute.domain_offset((self.work.seqlen.offset_q + row, 0), self.rows_of_o(args))
-            for i in cutlass.range(cute.size(mO, mode=[1]) // STORE_ELEMENTS, unroll=1):
-                _copy_vector(zeros, cute.local_tile(mO, (1, STORE_ELEMENTS), (0, i)))
+        # Two questions: one is answered at trace time, one at run time.
+        if const_expr(args.mWorkspace is None):  # noqa: SIM102
+            if self.work.has_row(self.tile, self.thread):
+                zeros = cute.make_rmem_tensor(self.elements, self.sO.element_type)
+                zeros.fill(0.0)
+                row = self.rows_of_o(args)[*self.place(self.thread), None]
+                for i in cutlass.range(cute.size(row) // self.elements, unroll=1):
+                    target = cute.local_tile(row, (self.elements,), (i,))
+                    _copy_vector(zeros, target, self.elements)
 
     def rows_of_o(self, args: ForwardArgs) -> cute.Tensor:
-        """O of this head, and of this sequence unless they are packed, as (rows, d)."""
-        tile = self.work.tile
-        if cute.rank(args.mO) == 4:
-            return args.mO[tile.batch, None, tile.head, None]
-        return args.mO[None, tile.head, None]
+        """O of this split, and of this sequence unless they are packed, as (tokens, heads, d)."""
+        return self.own(args, args.mO, 4)
+
+    def own(self, args: ForwardArgs, mX: cute.Tensor, dense_rank: int) -> cute.Tensor:
+        """mX of this split and sequence; `dense_rank` is that of mX with sequences, no splits."""
+        if args.mWorkspace is not None:
+            mX = cute.slice_(mX, (self.work.split, *([None] * (cute.rank(mX) - 1))))
+        if cute.rank(mX) == dense_rank:
+            mX = cute.slice_(mX, (self.work.tile.batch, *([None] * (dense_rank - 1))))
+        return mX
+
+    def place(self, row: Int32) -> tuple[Int32, Int32]:
+        """(token in memory, head) of a row."""
+        work = self.work
+        return work.seqlen.offset_q + work.token_of(self.tile, row), work.head_of(row)
 
     def staged_end(self, start: int) -> int:
-        return min(start + STAGED_COLUMNS, self.cfg.head_dim_v)
+        return min(start + self.staged_columns, self.cfg.head_dim_v)
 
     def stage(self, values: cute.Tensor, column: int):
         """Write CHUNK columns of this thread's row to shared memory."""
-        for i in range(CHUNK // STORE_ELEMENTS):
-            place = (self.thread, column // STORE_ELEMENTS + i)
-            target = cute.local_tile(self.sO, (1, STORE_ELEMENTS), place)
-            source = cute.make_tensor(values.iterator + i * STORE_ELEMENTS, STORE_ELEMENTS)
-            _copy_vector(source, target)
+        for i in range(CHUNK // self.elements):
+            place = (self.thread, column // self.elements + i)
+            target = cute.local_tile(self.sO, (1, self.elements), place)
+            source = cute.make_tensor(values.iterator + i * self.elements, self.elements)
+            _copy_vector(source, target, self.elements)
 
     @cute.jit
     def store_staged(self, args: ForwardArgs, start: Constexpr[int]):
         """Copy the staged columns of the rows that exist to O, columns `start` and following."""
-        seqlen, mO = self.work.seqlen, self.rows_of_o(args)
+        mO, elements = self.rows_of_o(args), self.elements
         lane = cute.arch.lane_idx()
         warp_row = self.thread - lane
-        num_rows = seqlen.seqlen_q - self.row - warp_row
-        per_row = (self.staged_end(start) - start) // STORE_ELEMENTS
-        num_columns = cute.size(mO, mode=[1]) // STORE_ELEMENTS - start // STORE_ELEMENTS
+        per_row = (self.staged_end(start) - start) // elements
+        num_columns = cute.size(mO, mode=[2]) // elements - start // elements
         # Unrolled whole, the addresses of all rows would not fit the registers.
         for i in cutlass.range(per_row, unroll=2):
             chunk = i * WARP_SIZE + lane
-            local, column = chunk // per_row, chunk % per_row
-            if local < num_rows and column < num_columns:
-                source = cute.local_tile(self.sO, (1, STORE_ELEMENTS), (warp_row + local, column))
-                row = seqlen.offset_q + self.row + warp_row + local
-                place = (row, start // STORE_ELEMENTS + column)
-                _copy_vector(source, cute.local_tile(mO, (1, STORE_ELEMENTS), place))
+            row, column = warp_row + chunk // per_row, chunk % per_row
+            if self.work.has_row(self.tile, row) and column < num_columns:
+                source = cute.local_tile(self.sO, (1, elements), (row, column))
+                target = mO[*self.place(row), None]
+                place = (start // elements + column,)
+                _copy_vector(source, cute.local_tile(target, (elements,), place), elements)
 
     @cute.jit
     def store_lse(self, args: ForwardArgs, lse: Float32):
         """Store the log-sum-exp of this thread's row, if the row exists and anybody wants it."""
-        if const_expr(args.mLSE is not None):
-            seqlen, tile = self.work.seqlen, self.work.tile
-            if const_expr(cute.rank(args.mLSE) == 3):
-                mLSE = args.mLSE[tile.batch, tile.head, None]
-            else:
-                mLSE = args.mLSE[tile.head, None]
-            row = self.row + self.thread
-            if row < seqlen.seqlen_q:
-                mLSE[seqlen.offset_q + row] = lse
+        # Two questions: one is answered at trace time, one at run time.
+        if const_expr(args.mLSE is not None):  # noqa: SIM102
+            if self.work.has_row(self.tile, self.thread):
+                token, head = self.place(self.thread)
+                self.own(args, args.mLSE, 3)[head, token] = lse
 
 
-def _copy_vector(source: cute.Tensor, target: cute.Tensor):
+def _copy_vector(source: cute.Tensor, target: cute.Tensor, elements: int):
     """Copy 16 contiguous bytes with one instruction."""
-    layout = cute.make_layout(STORE_ELEMENTS)
+    layout = cute.make_layout(elements)
     cute.autovec_copy(
         cute.make_tensor(source.iterator, layout), cute.make_tensor(target.iterator, layout)
     )

@@ -6,10 +6,13 @@
                      +---------------------------p-------------------------+
 
     warps   0-3, 4-7: softmax of Q tile 0 and 1   8-11: correction   12: MMA   13: load   14, 15: -
+                                                            where pages are gathered, 13: K   14: V
 
-One CTA computes two tiles of 128 query rows of one head, which take turns: while the tensor core
-works for one, the softmax of the other runs. S, P and O live in tensor memory (`tmem`), Q and the
-ring of K and V blocks in shared memory. `rings` says who waits for whom, and why that is enough.
+One CTA computes two tiles of 128 query rows, of one head or of the heads of one key head (`rows`),
+which take turns: while the tensor core works for one, the softmax of the other runs. S, P and O
+live in tensor memory (`tmem`), Q and the ring of K and V blocks in shared memory. `rings` says who
+waits for whom, and why that is enough. If keys are split, the grid's second dimension counts
+splits, O and LSE go to a workspace in float32, and `combine` merges them.
 
 Where O is too wide for two, a CTA has one Q tile, whose key blocks take turns, in roles of their
 own (`*_one_tile`), and no warps 4-7. Two CTAs may multiply as a pair: see `pair`.
@@ -17,21 +20,26 @@ own (`*_one_tile`), and no warps 4-7. Two CTAs may multiply as a pair: see `pair
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import cpasync, tcgen05
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
+from ..combine import CombineKernel, merge_of, partials
+from ..common.kv import KvTile
 from ..common.scheduler import TileScheduler
-from ..common.tma import TmaOperand, rows_first, smem_layout
+from ..common.tma import rows_first, smem_layout
 from . import pair
 from .correction import CorrectionRole
 from .correction_one_tile import CorrectionOneTileRole
+from .keys import GatheredKeys, KvOperand, TmaKeys
 from .load import LoadRole
 from .load_one_tile import LoadOneTileRole
 from .mma import MmaRole
 from .mma_one_tile import MmaOneTileRole
 from .products import Products, SmemOperand, smem_address, swizzle_columns
+from .query import QueryLoader, QueryTile
 from .rings import Rings
+from .rows import RowMap, pack_heads
 from .softmax import SoftmaxRole, Statistics
 from .tiles import (
     ALIGNMENT,
@@ -39,7 +47,7 @@ from .tiles import (
     BLOCK_N,
     ELEMENT_BYTES,
     SCORE_SLOTS,
-    STAGED_COLUMNS,
+    STAGED_BYTES,
     TMEM_COLUMNS,
     TileConfig,
 )
@@ -55,43 +63,69 @@ class ForwardSm100:
         self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
         self.tmem = TmemMap.of(cfg.head_dim_v, cfg.q_tiles)
         self.products = Products(dtype, cfg)
+        self.rows = RowMap(cfg.group)
+        chunk = swizzle_columns(cfg.head_dim)
+        self.q_tile = QueryTile(KvTile(dtype, BLOCK_M, cfg.head_dim, chunk, BLOCK_M), self.rows)
+        self.k_tile = self.block_tile(cfg.k_rows, cfg.head_dim)
+        self.v_tile = self.block_tile(BLOCK_N, cfg.v_columns)
+
+    def block_tile(self, rows: int, columns: int) -> KvTile:
+        """A block of K or V as one CTA holds it: both take slots of the same size."""
+        cfg = self.cfg
+        slot_columns = cfg.slot_bytes // ELEMENT_BYTES // rows
+        box_n = cfg.box_n or rows
+        return KvTile(
+            self.dtype,
+            rows,
+            columns,
+            swizzle_columns(columns),
+            box_n,
+            box_by_box=False,
+            slot_columns=slot_columns,
+        )
 
     @cute.jit
     def __call__(self, args: ForwardArgs, stream):
-        cfg = self.cfg
-        mQ, mK, mV = (rows_first(mX) for mX in (args.mQ, args.mK, args.mV))
         num_batch = cute.size(args.mQ, mode=[0])
-        if cutlass.const_expr(args.mCuSeqlensQ is not None):
+        if const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
+        num_heads = cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2])
         scheduler = TileScheduler.of(
-            Int32(cute.ceil_div(args.max_seqlen_q, cfg.block_m)),
-            Int32(cute.size(mQ, mode=[2])),
+            Int32(cute.ceil_div(args.max_seqlen_q, self.cfg.block_tokens)),
+            Int32(num_heads // self.rows.group),
             Int32(num_batch),
         )
+        mV = rows_first(args.mV)
         tma = (
-            self.tma_load(mQ, BLOCK_M, cfg.head_dim),
-            self.tma_load(mK, cfg.k_rows, cfg.head_dim),
-            self.tma_load(mV, BLOCK_N, cfg.v_columns),
-            self.tma_load(mV, BLOCK_N, cfg.v_columns, tcgen05.CtaGroup.ONE),
+            self.q_tile.tma_load(pack_heads(rows_first(args.mQ), self.rows.group), self.copy_op()),
+            self.k_tile.tma_load(rows_first(args.mK), self.copy_op()),
+            self.v_tile.tma_load(mV, self.copy_op()),
+            self.v_tile.tma_load(mV),
         )
+        if const_expr(args.mWorkspace is None):
+            self.launch(args, tma, scheduler, stream)
+        else:
+            mO, mLSE = partials(args)
+            self.launch(args._replace(mO=mO, mLSE=mLSE), tma, scheduler, stream)
+            head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
+            CombineKernel(head_dim_v)(merge_of(args, mO, mLSE), stream)
+
+    @cute.jit
+    def launch(self, args: ForwardArgs, tma, scheduler: TileScheduler, stream):
+        cfg = self.cfg
         # At least one pair, also on a card that the plan gives an odd number of SMs.
         most = cutlass.max(args.max_ctas // cfg.ctas, 1)
-        self.kernel(args, tma, scheduler).launch(
-            grid=[cutlass.min(scheduler.num_tiles(), most) * cfg.ctas, 1, 1],
+        self.kernel(args, tuple((atom, mX) for atom, mX in tma), scheduler).launch(
+            grid=[cutlass.min(scheduler.num_tiles(), most) * cfg.ctas, args.num_splits, 1],
             block=[cfg.num_threads, 1, 1],
             cluster=[cfg.ctas, 1, 1] if cfg.ctas > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
         )
 
-    def tma_load(self, mX: cute.Tensor, rows: int, columns: int, group=None):
-        """The copy atom and TMA tensor that load (rows, columns) blocks of mX.
-
-        In a pair of CTAs, copies of the group signal the leader's barriers.
-        """
-        layout = cute.slice_(slots(rows, columns, 1), (None, None, 0))
-        op = cpasync.CopyBulkTensorTileG2SOp(group or pair.group_of(self.cfg.ctas))
-        return cpasync.make_tiled_tma_atom(op, mX, layout, (rows, columns))
+    def copy_op(self):
+        """A copy by TMA; in a pair of CTAs, it signals the leader's barriers."""
+        return cpasync.CopyBulkTensorTileG2SOp(pair.group_of(self.cfg.ctas))
 
     @cute.kernel
     def kernel(self, args: ForwardArgs, tma, scheduler: TileScheduler):
@@ -106,9 +140,10 @@ class ForwardSm100:
         kv = smem.allocate(cfg.kv_stages * cfg.slot_bytes, ALIGNMENT)
         sK = self.slots_of_ring(kv, cfg.k_rows, cfg.head_dim)
         sV = self.slots_of_ring(kv, BLOCK_N, cfg.v_columns)
+        staged = STAGED_BYTES * 8 // args.mO.element_type.width
         sO = smem.allocate_tensor(
-            self.dtype,
-            cute.make_layout((BLOCK_M, STAGED_COLUMNS), stride=(STAGED_COLUMNS, 1)),
+            args.mO.element_type,
+            cute.make_layout((BLOCK_M, staged), stride=(staged, 1)),
             ALIGNMENT,
             swizzle=cute.make_swizzle(3, 4, 3),
         )
@@ -124,11 +159,19 @@ class ForwardSm100:
             cute.arch.alloc_tmem(TMEM_COLUMNS, tmem_address, is_two_cta=cfg.ctas == 2)
         pair.meet(cfg.ctas)
 
-        queue = WorkQueue(cfg, self.rule, scheduler)
+        queue = WorkQueue(cfg, self.rows, self.rule, scheduler)
         if warp >= roles.correction_end:
             cute.arch.setmaxregister_decrease(cfg.registers.other)
-            if warp == roles.load:
-                self.load_role(tma, (sQ, sK, sV), rings, tail_barrier, queue, args).run(args)
+            tiles = (sQ, sK, sV)
+            if const_expr(not cfg.gathers):
+                if warp == roles.load:
+                    keys = self.tma_keys(tma, tiles, rings, tail_barrier, args)
+                    self.load_role(True, keys, tma, tiles, rings, queue).run(args)
+            else:
+                for i in cutlass.range_constexpr(2):
+                    if warp == (roles.load, roles.gather_v)[i]:
+                        keys = self.gathered_keys(i == 0, sK, rings, args)
+                        self.load_role(i == 0, keys, tma, tiles, rings, queue).run(args)
             if warp == roles.mma and pair.leads(cfg.ctas):
                 self.mma_role(sQ, sK, rings, queue).run(args)
         elif warp >= roles.softmax_end:
@@ -143,21 +186,27 @@ class ForwardSm100:
         if warp == roles.mma:
             self.free_tmem(tmem_address)
 
-    def load_role(self, tma, tiles, rings: Rings, tail_barrier, queue, args) -> LoadRole:
-        """The load role; `tiles` are the slots of Q, K and V. The last two share their memory."""
+    def load_role(self, has_q: bool, keys, tma, tiles, rings: Rings, queue) -> LoadRole:
+        """A load role; `tiles` are the slots of Q, K and V. The last two share their memory."""
+        q = QueryLoader(self.cfg, self.q_tile, *tma[0], tiles[0], rings.q)
+        heads_per_kv_head = queue.scheduler.num_heads.divisor // cute.size(tma[1][1], mode=[2])
         role = LoadRole if self.cfg.q_tiles == 2 else LoadOneTileRole
-        return role(
+        return role(self.cfg, q if has_q else None, keys, rings, queue, heads_per_kv_head)
+
+    def tma_keys(self, tma, tiles, rings: Rings, tail_barrier, args: ForwardArgs) -> TmaKeys:
+        return TmaKeys(
             self.cfg,
             args.mCuSeqlensK is not None or args.mSeqUsedK is not None,
-            TmaOperand(tma[0][0], tma[0][1], tiles[0]),
-            TmaOperand(tma[1][0], tma[1][1], tiles[1]),
-            TmaOperand(tma[2][0], tma[2][1], tiles[2]),
+            KvOperand(self.k_tile, *tma[1], tiles[1]),
+            KvOperand(self.v_tile, *tma[2], tiles[2]),
             tma[3][0],
             rings,
             tail_barrier,
-            queue,
-            queue.scheduler.num_heads.divisor // cute.size(tma[1][1], mode=[2]),
         )
+
+    def gathered_keys(self, is_k: bool, sK, rings: Rings, args: ForwardArgs) -> GatheredKeys:
+        tile, mX = (self.k_tile, args.mK) if is_k else (self.v_tile, args.mV)
+        return GatheredKeys(self.cfg, is_k, tile, rows_first(mX), smem_address(sK), rings)
 
     def mma_role(self, sQ, sKV, rings: Rings, queue: WorkQueue) -> MmaRole:
         """The MMA role, with shared memory as its descriptors see it."""
@@ -178,7 +227,7 @@ class ForwardSm100:
     def correction_role(self, statistics: Statistics, sO, rings: Rings, queue) -> CorrectionRole:
         """The correction role."""
         role = CorrectionRole if self.cfg.q_tiles == 2 else CorrectionOneTileRole
-        return role(self.cfg, self.dtype, self.score, self.tmem, statistics, sO, rings, queue)
+        return role(self.cfg, self.score, self.tmem, statistics, sO, rings, queue)
 
     def allocate_statistic(self, smem) -> cute.Tensor:
         """One float a row, for each slot of S."""

@@ -7,7 +7,6 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from ..arguments import ForwardArgs
-from . import pair
 from .load import LoadRole
 from .rings import Cursor
 
@@ -18,28 +17,28 @@ class LoadOneTileRole(LoadRole):
 
     @cute.jit
     def run(self, args: ForwardArgs):
-        cfg = self.cfg
+        cfg, keys = self.cfg, self.keys
+        self.clear_idle_rows()
         kv = Cursor.start(cfg.kv_stages)
         q_phase, tail_phase = Int32(0), Int32(0)
         turn = Int32(0)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
-                tile, seqlen = work.tile, work.seqlen
-                kv_head = tile.head // self.heads_per_kv_head
-                tQ = self.q.tiles(tile.head, tile.batch, seqlen.offset_q)
-                tK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
-                tV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k, pair.rank(cfg.ctas))
-                self.load_q(tQ, tile.m_block, 0, q_phase)
-                self.load_k(tK, work.last_block, kv.slot, kv.phase)
+                kv_head = work.tile.head // self.heads_per_kv_head
+                queries = self.boxes(work)
+                k, v = keys.streams(args, work, kv_head)
+                self.load_q(queries, work, 0, q_phase)
+                keys.load_k(k, (work.last_block, work.last_block - 1), kv.slot, kv.phase)
                 kv = kv.next()
                 for i in cutlass.range(work.num_blocks, unroll=1):
                     n_block = work.last_block - i
                     if i < work.num_blocks - 1:
-                        self.load_k(tK, n_block - 1, kv.slot, kv.phase)
+                        keys.load_k(k, (n_block - 1, n_block - 2), kv.slot, kv.phase)
                         kv = kv.next()
-                    rows = seqlen.seqlen_k - n_block * cfg.block_n
-                    tail_phase = self.load_v(tV, n_block, (kv.slot, kv.phase), rows, tail_phase)
+                    tail_phase = keys.load_v(
+                        v, (n_block, n_block - 1), (kv.slot, kv.phase), tail_phase
+                    )
                     kv = kv.next()
                 q_phase ^= 1
             turn += 1

@@ -40,8 +40,8 @@ class Ring:
     """`slots` slots with two mbarriers each: full, and empty if anybody has to free a slot.
 
     The roles in `full_by` and `empty_by` arrive once a warp, the MMA role by tcgen05.commit, the
-    load role with the bytes that TMA will add. In a pair of CTAs, what the MMA role waits for
-    arrives at the leader, from both CTAs, and the MMA role arrives in both.
+    load role with the bytes that TMA will add, the gather role thread by thread. In a pair of CTAs,
+    what the MMA role waits for arrives at the leader, from both, and the MMA role arrives in both.
     """
 
     name: Constexpr[str]
@@ -73,6 +73,9 @@ class Ring:
 
     def wait_full(self, slot, phase):
         cute.arch.mbarrier_wait(self.full(slot), phase)
+        if "gather" in self.full_by.by:
+            # The tensor core reads through the async proxy what cp.async wrote past it.
+            cute.arch.fence_proxy("async.shared", space="cta")
 
     def wait_empty(self, slot, phase):
         """Wait until the slot is free for its phase-th filling; the first finds it free."""
@@ -92,6 +95,11 @@ class Ring:
         self.full_by.record(role)
         with cute.arch.elect_one():
             pair.expect(self.full(slot), num_bytes, self.full_by.ctas)
+
+    def arrive_copies(self, role: str, slot):
+        """One arrival of each thread of this warp, when its cp.async so far are done."""
+        self.full_by.record(role)
+        cute.arch.cp_async_mbarrier_arrive_noinc(self.full(slot))
 
     def commit_full(self, role: str, slot):
         """Arrive when the MMAs that the one thread has issued are done."""
@@ -154,7 +162,7 @@ class Rings:
     """All rings of the kernel. A dash: nobody has to free the slot, what orders it is said there.
 
         q       Load -> Mma                 a Q tile                        freed by Mma
-        kv      Load -> Mma                 a block of K or V               freed by Mma
+        kv      Load or Gather -> Mma       a block of K or V               freed by Mma
         s       Mma -> Softmax              S in tensor memory              -
         p       Softmax, Correction -> Mma  first part of P, rescaled O     -
         p_tail  Softmax -> Mma              the rest of P                   -
@@ -196,9 +204,11 @@ class Rings:
                 smem.allocate_array(cutlass.Int64, slots * (2 if empty_by else 1)),
             )
 
+        # Copies of cp.async arrive by themselves, but not at another CTA's barrier.
+        bringer = "gather" if cfg.gathers and cfg.ctas == 1 else "load"
         return Rings(
             q=ring("q", cfg.q_tiles, "load", "mma", "mma"),
-            kv=ring("kv", cfg.kv_stages, "load", "mma", "mma"),
+            kv=ring("kv", cfg.kv_stages, bringer, "mma", "mma"),
             s=ring("s", SCORE_SLOTS, "mma", "softmax"),
             p=ring("p", SCORE_SLOTS, "softmax correction", "mma"),
             p_tail=ring("p_tail", SCORE_SLOTS, "softmax", "mma"),

@@ -73,20 +73,22 @@ class SoftmaxRole:
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
-                row = work.tile_row(self.cfg.ctas, tile)
                 full_lo, full_hi = work.mask.full_blocks(
-                    row + warp_row, row + warp_row + WARP_SIZE, self.cfg.block_n
+                    work.token_of(tile, warp_row),
+                    work.token_of(tile, warp_row + WARP_SIZE - 1) + 1,
+                    self.cfg.block_n,
                 )
-                mask_mod, heads = self.queue.rule.mask_mod, self.queue.scheduler.num_heads.divisor
-                steps = ScoreSteps.of(self.score, mask_mod, args, work.tile, work.seqlen)
-                dropout = Dropout.of(self.score.dropout, args, work.tile, heads, thread)
+                own, heads = work.tile_of(thread), self.queue.num_heads
+                steps = ScoreSteps.of(self.score, self.queue.rule.mask_mod, args, own, work.seqlen)
+                dropout = Dropout.of(self.score.dropout, args, own, heads, thread)
+                token = work.token_of(tile, thread)
                 m, total = -Float32.inf, Float32(0.0)
                 for i in cutlass.range(work.num_blocks, unroll=1):
                     n_block = work.last_block - i
                     rS = cute.make_rmem_tensor(BLOCK_N, Float32)
                     rings.s.wait_full(slot, s_phase)
                     fence_after_sync()
-                    corner = (row + thread, n_block * BLOCK_N)
+                    corner = (token, n_block * BLOCK_N)
                     rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
                     tStS = TmemRow(slot * BLOCK_N, BLOCK_N, thread)
                     masked = n_block < full_lo or n_block >= full_hi

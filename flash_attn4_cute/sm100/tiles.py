@@ -15,8 +15,9 @@ ELEMENT_BYTES = 2  # of Q, K, V and O
 BLOCK_M = 128  # query rows of one tile: the lanes of tensor memory, one softmax thread each
 BLOCK_N = 128
 SCORE_SLOTS = 2  # of S and P: they belong to what takes turns on the tensor core
-STAGED_COLUMNS = 64  # of O that pass through shared memory at a time
+STAGED_BYTES = 128  # of a row of O that pass through shared memory at a time
 SWIZZLE_COLUMNS = (64, 32, 16)  # 16-bit columns of a row of a swizzle atom, best first
+MIN_BOX_ROWS = 8  # of keys that TMA brings: smaller pages would take too many instructions
 PAIRS_PER_UNIT = 8  # pairs of columns: the unit in which exponentials are moved to the FMA units
 
 
@@ -36,27 +37,33 @@ class RegisterBudget:
 
 @dataclass(frozen=True, slots=True)
 class WarpRoles:
-    """Which warps do what. The last warpgroup holds the MMA and the load warp and two idle ones."""
+    """Which warps do what. The last warpgroup holds the MMA and the load warp and two idle ones,
+    of which one gathers V where TMA does not bring it.
+    """
 
     softmax_end: int
     correction_end: int
     mma: int
     load: int
+    gather_v: int
     num_warps: int
 
     @staticmethod
     def of(q_tiles: int) -> "WarpRoles":
         """A warpgroup for the softmax of each Q tile, one for the correction, one for the rest."""
         softmax, correction = (n * WARPS_PER_GROUP for n in (q_tiles, q_tiles + 1))
-        return WarpRoles(
-            softmax, correction, correction, correction + 1, correction + WARPS_PER_GROUP
-        )
+        mma, load, gather_v = (correction + i for i in range(3))
+        return WarpRoles(softmax, correction, mma, load, gather_v, correction + WARPS_PER_GROUP)
 
     def arrivals(self, role: str) -> int:
-        """Warps of a role that arrive when they hand a slot on: one arrival each."""
-        return {"load": 1, "mma": 1, "softmax": WARPS_PER_GROUP, "correction": WARPS_PER_GROUP}[
-            role
-        ]
+        """Arrivals of a role that hands a slot on: one a warp, or one a thread whose copies end."""
+        return {
+            "load": 1,
+            "gather": WARP_SIZE,
+            "mma": 1,
+            "softmax": WARPS_PER_GROUP,
+            "correction": WARPS_PER_GROUP,
+        }[role]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +81,10 @@ class TileConfig:
     the same columns, so that a row's result does not depend on which blocks need a mask.
     `max_on_load`: `tcgen05.ld.red` returns the row maximum with the scores (sm_103). `stack_bytes`
     is the most that ptxas may spill a thread.
+
+    The plan adds what the table leaves open: `group` query heads of one key head share tiles (1:
+    none do), and K and V lie in memory in pieces of `box_n` rows at least (None: in one piece).
+    Pieces of fewer than `MIN_BOX_ROWS` are gathered by cp.async.
     """
 
     head_dim: int
@@ -85,6 +96,8 @@ class TileConfig:
     registers: RegisterBudget = RegisterBudget(softmax=192, correction=80, other=48)
     ctas: int = 1
     q_tiles: int = 2
+    group: int = 1
+    box_n: int | None = None
 
     @property
     def roles(self) -> WarpRoles:
@@ -96,9 +109,24 @@ class TileConfig:
         return "sm100"
 
     @property
+    def is_general(self) -> bool:
+        """Whether the kernel also reads pages, splits keys and packs heads."""
+        return True
+
+    @property
+    def gathers(self) -> bool:
+        """Whether K and V are copied row by row."""
+        return self.box_n is not None and self.box_n < MIN_BOX_ROWS
+
+    @property
     def block_m(self) -> int:
         """Query rows of one CTA, or of a pair."""
         return self.ctas * self.q_tiles * BLOCK_M
+
+    @property
+    def block_tokens(self) -> int:
+        """Queries of one head of one CTA, or of a pair."""
+        return self.ctas * self.q_tiles * (BLOCK_M // self.group)
 
     @property
     def block_n(self) -> int:
@@ -128,7 +156,7 @@ class TileConfig:
         """Shared memory of one CTA: Q, the ring of K and V, the staged O, statistics, barriers."""
         q = ELEMENT_BYTES * self.q_tiles * BLOCK_M * self.head_dim
         kv = self.kv_stages * self.slot_bytes
-        staged = ELEMENT_BYTES * BLOCK_M * STAGED_COLUMNS
+        staged = BLOCK_M * STAGED_BYTES
         statistics = 3 * 4 * SCORE_SLOTS * BLOCK_M
         # The barriers stand before the statistics, up to where Q can be aligned.
         head = -(-(BARRIER_BYTES + statistics) // ALIGNMENT) * ALIGNMENT
@@ -141,8 +169,13 @@ class TileConfig:
     def explain(self) -> str:
         """What the tiles are, for people."""
         pair = "a pair of CTAs with " if self.ctas == 2 else ""
+        rows = f"{BLOCK_M} queries"
+        if self.group > 1:
+            rows = f"{BLOCK_M // self.group} queries of {self.group} heads"
+        pages = f" in boxes of {self.box_n}" if self.box_n else ""
+        pages = " gathered by cp.async" if self.gathers else pages
         return (
-            f"{pair}{self.q_tiles} x {BLOCK_M} queries x {BLOCK_N} keys, "
+            f"{pair}{self.q_tiles} x {rows} x {BLOCK_N} keys{pages}, "
             f"{self.kv_stages} K/V slots, "
             f"{self.emulated_pairs} of {PAIRS_PER_UNIT} exponentials on FMA units, "
             f"{self.smem_bytes} bytes of shared memory"
@@ -153,6 +186,8 @@ class TileConfig:
         assert self.head_dim % 16 == 0 and self.v_columns % 16 == 0, "MMA steps of 16"
         assert self.ctas in (1, 2) and self.q_tiles in (1, 2)
         assert self.kv_stages >= 2, "V of a block is awaited while the next K is"
+        assert 1 <= self.group <= BLOCK_M, "a tile holds whole tokens"
+        assert self.k_rows % (self.box_n or self.k_rows) == 0, "a block is boxes"
         assert 0 <= self.emulated_pairs <= PAIRS_PER_UNIT
         assert self.smem_bytes <= SMEM_LIMIT, f"{self} needs {self.smem_bytes} bytes"
         r = self.registers

@@ -5,43 +5,70 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32
+from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler, WorkTile
 from ..common.seqlen import SeqlenInfo
 from . import pair
+from .rows import RowMap
 from .tiles import BLOCK_M, TileConfig
 
 
 @dataclass(frozen=True)
 class Work:
-    """`num_blocks` key blocks for some rows of one head, the last one first.
+    """`num_blocks` key blocks for the queries of some Q tiles, the last one first.
 
-    `row` is the first row of this CTA's first Q tile. In a pair, Q tiles of the CTAs alternate, and
-    `num_blocks` is what either needs. With no key block, all roles but the correction pass on.
+    `token` is the first query of this CTA's first Q tile, `tile_tokens` the way to its next: in a
+    pair, Q tiles of the CTAs alternate, and `num_blocks` is what either needs. `tile.head` counts
+    key heads if heads are packed. With no key block, all roles but the correction pass on.
     """
 
+    rows: Constexpr[RowMap]
+    tile_tokens: Constexpr[int]
     tile: WorkTile
+    split: Int32
     seqlen: SeqlenInfo
     mask: BandMask
-    row: Int32
+    token: Int32
     last_block: Int32
     num_blocks: Int32
 
-    def tile_row(self, ctas: int, tile):
-        """The first row of this CTA's Q tile `tile`."""
-        return self.row + tile * ctas * BLOCK_M
+    def token_of(self, tile, row):
+        """The token of row `row` of Q tile `tile`."""
+        return self.token + tile * self.tile_tokens + self.rows.token(row)
+
+    def head_of(self, row):
+        """The query head of a row."""
+        return self.tile.head * self.rows.group + self.rows.head(row)
+
+    def tile_of(self, row) -> WorkTile:
+        """The tile, as one of the head of a row."""
+        return WorkTile(self.tile.m_block, self.head_of(row), self.tile.batch)
+
+    @cute.jit
+    def has_row(self, tile, row):
+        """Whether row `row` of Q tile `tile` is a query of the sequence."""
+        exists = self.token_of(tile, row) < self.seqlen.seqlen_q
+        if const_expr(self.rows.used < BLOCK_M):
+            exists = exists and row < self.rows.used
+        return exists
 
 
 @dataclass(frozen=True)
 class WorkQueue:
-    """The tiles of this CTA, one a turn."""
+    """The tiles of this CTA, one a turn, over the split of the keys that it has."""
 
     cfg: Constexpr[TileConfig]
+    rows: Constexpr[RowMap]
     rule: Constexpr[Any]
     scheduler: TileScheduler
+
+    @property
+    def num_heads(self) -> Int32:
+        """Query heads of the call."""
+        return self.scheduler.num_heads.divisor * self.rows.group
 
     @cute.jit
     def has_work(self, turn: Int32):
@@ -49,13 +76,20 @@ class WorkQueue:
 
     @cute.jit
     def work(self, args: ForwardArgs, turn: Int32) -> Work:
-        cfg = self.cfg
+        cfg, rows = self.cfg, self.rows
         tile = self.scheduler.tile(self.scheduler.index(turn, cfg.ctas))
         seqlen = SeqlenInfo.of(args, tile.batch)
         mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
-        row = tile.m_block * cfg.block_m
-        end_row = cutlass.min(row + cfg.block_m, seqlen.seqlen_q)
-        lo, hi = mask.blocks(row, end_row, cfg.block_n)
-        num_blocks = hi - lo if row < seqlen.seqlen_q else 0
-        own_row = row + pair.rank(cfg.ctas) * BLOCK_M
-        return Work(tile, seqlen, mask, own_row, hi - 1, num_blocks)
+        token = tile.m_block * cfg.block_tokens
+        end_token = cutlass.min(token + cfg.block_tokens, seqlen.seqlen_q)
+        lo, hi = mask.blocks(token, end_token, cfg.block_n)
+        split = Int32(0)
+        if const_expr(args.mWorkspace is not None):
+            _, split, _ = cute.arch.block_idx()
+            per_split = cute.ceil_div(hi - lo, args.num_splits)
+            lo = cutlass.min(lo + split * per_split, hi)
+            hi = cutlass.min(lo + per_split, hi)
+        num_blocks = hi - lo if token < seqlen.seqlen_q else 0
+        token += pair.rank(cfg.ctas) * rows.tokens
+        tile_tokens = cfg.ctas * rows.tokens
+        return Work(rows, tile_tokens, tile, split, seqlen, mask, token, hi - 1, num_blocks)

@@ -17,15 +17,15 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr, pipeline
+from cutlass import Float32, Int32, const_expr, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from ..combine import CombineKernel
+from ..combine import CombineKernel, merge_of, partials
 from ..common.fragments import rows_and_columns
 from ..common.kv import DenseKv, KvTile, PagedKv
 from ..common.softmax import OnlineSoftmax
 from ..common.tma import rows_first
-from ..decode_arguments import CombineArgs, DecodeArgs
+from ..decode_arguments import DecodeArgs
 from ..decode_tiles import STAGING_PAD, DecodeConfig
 from .decode_compute import DecodeComputeRole, SliceMma
 from .decode_fp8 import Fp8SliceMma
@@ -76,18 +76,8 @@ class DecodeSm120:
         else:
             mO, mLSE = partials(args)
             self.launch(args._replace(mO=mO, mLSE=mLSE), tma, grid, stream)
-            merge = CombineArgs(
-                mO,
-                mLSE,
-                args.mO,
-                args.mLSE,
-                args.mCuSeqlensQ,
-                args.mSeqUsedQ,
-                None if args.score is None else args.score.mSink,
-                args.max_seqlen_q,
-            )
             head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
-            CombineKernel(head_dim_v)(merge, stream)
+            CombineKernel(head_dim_v)(merge_of(args, mO, mLSE), stream)
 
     @cute.jit
     def launch(self, args: DecodeArgs, tma, grid: DecodeGrid, stream):
@@ -178,21 +168,3 @@ class DecodeSm120:
             return PagedKv.of(tile, tma, boxes, where, args.mPageTable[work.batch, None])
         where = (work.kv_head, seqlen.batch_k, seqlen.offset_k)
         return DenseKv.of(tile, tma, boxes, where)
-
-
-@cute.jit
-def partials(args: DecodeArgs):
-    """The workspace as float32 O (splits, like mO) and LSE (splits, b, h, sq) or (splits, h, t)."""
-    shape = args.mO.shape
-    lse_shape = (shape[1], shape[0]) if cute.rank(args.mO) == 3 else (shape[0], shape[2], shape[1])
-    mO = compact(args.mWorkspace.iterator, (args.num_splits, *shape))
-    mLSE = compact(args.mWorkspace.iterator + cute.cosize(mO.layout), (args.num_splits, *lse_shape))
-    return mO, mLSE
-
-
-def compact(pointer: cute.Pointer, shape: tuple) -> cute.Tensor:
-    """A row-major tensor whose strides do not overflow 32 bits."""
-    strides: list = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, Int64(size) * strides[0])
-    return cute.make_tensor(pointer, cute.make_layout(shape, stride=tuple(strides)))

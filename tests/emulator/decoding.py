@@ -28,7 +28,7 @@ def case(**changes) -> Case:
 
 def attend(emulator, tensors, options):
     """(out, lse) of the decode kernel, both and the workspace filled with NaN before."""
-    from flash_attn4_cute import decode_launch
+    from flash_attn4_cute import launch
     from flash_attn4_cute.decode_plan import DecodeKey
     from flash_attn4_cute.plan import make_plan
     from flash_attn4_cute.problem import AttentionProblem
@@ -36,12 +36,12 @@ def attend(emulator, tensors, options):
     problem = AttentionProblem.from_tensors(tensors, options)
     tensors.out = tensors.q.new_full(problem.out_shape(tensors.q), torch.nan)
     tensors.lse = torch.full(problem.lse_shape(tensors.q), torch.nan)
-    before, decode_launch.new_workspace = decode_launch.new_workspace, poisoned
+    before, launch.new_workspace = launch.new_workspace, poisoned
     try:
         with kernels_on(emulator) as forward:
             plan = make_plan(problem)
             assert isinstance(plan.key, DecodeKey) and plan.num_splits == options.num_splits
             forward(problem, tensors)
     finally:
-        decode_launch.new_workspace = before
+        launch.new_workspace = before
     return tensors.out, tensors.lse

@@ -1,0 +1,78 @@
+"""Which kernel the plan picks on a B200, and what it adds to the row of the table."""
+
+import pytest
+
+from tests.test_errors import card, gpu_problem  # noqa: F401 (a fixture)
+
+B200 = (10, 0)
+
+
+def paged(fa4, page_size, **changes):
+    """A chunk of 128 queries behind a paged cache of up to 4096 keys."""
+    layout = fa4.flash_attn4_cute.problem.Layout.PAGED
+    known = {"kv_layout": layout, "page_size": page_size, "has_seqused_k": True, "seqlen_k": 4096}
+    return gpu_problem(fa4, **{**known, **changes})
+
+
+@pytest.mark.parametrize(
+    ("page_size", "box_n", "gathers"),
+    [(16, 16, False), (128, 128, False), (192, 64, False), (256, 128, False)]
+    + [(1, 1, True), (4, 1, True), (100, 1, True)],
+)
+def test_pages(fa4, card, page_size, box_n, gathers):  # noqa: F811
+    """By TMA in boxes that lie in one page, or row by row where boxes would be too small."""
+    cfg = card(B200).make_plan(paged(fa4, page_size, num_heads_kv=1)).key.cfg
+    assert (cfg.family, cfg.box_n, cfg.gathers) == ("sm100", box_n, gathers)
+
+
+def test_few_rows_and_other_cards_decode(fa4, card):  # noqa: F811
+    few = paged(fa4, 16, seqlen_q=1)
+    assert type(card(B200).make_plan(few).key).__name__ == "DecodeKey"
+    assert type(card((12, 0)).make_plan(paged(fa4, 16)).key).__name__ == "DecodeKey"
+    # What must not depend on the number of queries takes the same kernel for few.
+    apart = paged(fa4, 16, seqlen_q=1, pack_gqa=False, num_splits=1)
+    assert card(B200).make_plan(apart).key.family == "sm100"
+
+
+@pytest.mark.parametrize(
+    ("changes", "group"),
+    [
+        ({}, 4),  # causal, and as few tiles
+        ({"pack_gqa": False}, 1),
+        ({"num_heads": 3}, 3),  # 128 queries of 3 heads: two tiles instead of three
+        ({"num_heads": 3, "seqlen_q": 8192}, 1),  # idle rows cost tiles
+        ({"num_heads": 3, "seqlen_q": 8192, "pack_gqa": True}, 3),
+        ({"num_heads": 48, "seqlen_q": 8192, "has_seqused_q": True}, 1),  # 32 of 128 rows idle
+        ({"num_heads": 7, "seqlen_q": 8192, "has_seqused_q": True}, 7),
+        ({"num_heads": 130}, 1),
+    ],
+)
+def test_packing(fa4, card, changes, group):  # noqa: F811
+    plan = card(B200).make_plan(gpu_problem(fa4, num_heads_kv=1, **changes))
+    assert plan.key.cfg.group == group
+    assert (f"of {group} heads" in plan.explain()) == (group > 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "splits"),
+    [
+        ({"num_splits": 3}, 3),
+        ({"num_splits": 1}, 1),
+        ({"seqlen_k": 131072}, range(8, 257)),  # one CTA would stream 1024 blocks alone
+        ({"seqlen_k": 131072, "seqlen_q": 8192}, 1),  # tiles enough for the card
+        ({"seqlen_k": 256}, 1),  # nothing to gain
+    ],
+)
+def test_splits(fa4, card, changes, splits):  # noqa: F811
+    plan = card(B200).make_plan(paged(fa4, 16, num_heads_kv=1, **changes))
+    assert plan.num_splits in (splits if isinstance(splits, range) else (splits,))
+    assert (plan.key.merged_dim == 64) == (plan.num_splits > 1)
+    assert f"splits: {plan.num_splits}" in plan.explain()
+
+
+def test_dropout_with_pages(fa4, card):  # noqa: F811
+    """The tcgen05 kernel does both at once, the mma.sync kernels one each."""
+    problem = paged(fa4, 16, dropout_p=0.1, num_splits=2)
+    assert card(B200).make_plan(problem).key.family == "sm100"
+    with pytest.raises(NotImplementedError, match="dropout_p=0.1 .*page_table, num_splits"):
+        card((12, 0)).make_plan(problem)
