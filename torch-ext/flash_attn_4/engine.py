@@ -50,6 +50,8 @@ def _flash_attn_fwd(
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The call that vLLM and SGLang make into FlashAttention-4.
@@ -64,11 +66,14 @@ def _flash_attn_fwd(
         window_size_left, window_size_right: as window_size; None, -1 or less: no limit, since
             vLLM and SGLang pass either.
         out, lse: where to write the results; None allocates them.
+        k_descale, v_descale: as in flash_attn_varlen_func; q stays in half precision.
         unsupported: any other argument of upstream's signature (qv, q_descale, ...); must be None
             or False.
 
     Returns:
-        (out, lse), lse None unless return_lse or lse is given.
+        (out, lse), lse None unless return_lse or lse is given. The copies of this function that
+        vLLM and upstream keep return two or three tensors more, for other callers of theirs; the
+        plugin flash-attn-4-vllm has a form of it that returns what vLLM unpacks.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as flash_attn_varlen_func; NotImplementedError
@@ -96,6 +101,8 @@ def _flash_attn_fwd(
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         page_table=page_table,
+        k_descale=k_descale,
+        v_descale=v_descale,
         sink=learnable_sink,
         aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
         blocks=None if block_sparse_tensors is None else BlockSparse.of(block_sparse_tensors),

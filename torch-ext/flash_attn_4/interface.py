@@ -101,6 +101,8 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     page_table: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
@@ -125,7 +127,8 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, h, d) with cu_seqlens_q, else (b, sq, h, d); float32, float16 or bfloat16.
         k, v: (total_k, h_k, d | d_v) with cu_seqlens_k, (pages, page_size, h_k, d | d_v) with a
-            page table, else (b, sk, h_k, d | d_v); any strides, any page size.
+            page table, else (b, sk, h_k, d | d_v); any strides, any page size; in q's dtype or both
+            float8_e4m3fn.
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), the starts of the sequences and the end of the
             last one. With a page table, cu_seqlens_k gives the lengths only.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; int, NumPy integer or 0-d CPU
@@ -133,6 +136,7 @@ def flash_attn_varlen_func(
         seqused_q, seqused_k: int32 (b,), how many tokens of each sequence count.
         block_table, page_table: int32 (b, max_pages), two names of one argument: the pages of each
             sequence in order. Entries past its end may be anything and are never read.
+        k_descale, v_descale: float32 (b, h_k), the factors of k and v of float8_e4m3fn. None: 1.
         {shared}
         return_softmax_lse: the same as return_lse.
 
@@ -155,6 +159,8 @@ def flash_attn_varlen_func(
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         page_table=table,
+        k_descale=k_descale,
+        v_descale=v_descale,
         sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
         alibi_slopes=alibi_slopes,
         aux_tensors=None if aux_tensors is None else tuple(aux_tensors),

@@ -20,7 +20,16 @@ from .interface import flash_attn_varlen_func
 from .request import key_lengths, needs_grad, one_of
 
 _SIGNATURE = inspect.signature(flash_attn_varlen_func)
-_SAME_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "out")
+_SAME_TENSORS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "k_descale",
+    "v_descale",
+    "alibi_slopes",
+    "out",
+)
 _SAME_OPTIONS = (
     "softmax_scale",
     "softcap",
