@@ -14,7 +14,6 @@ from .decode_plan import DecodeKey
 from .plan import ForwardKey, Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
-from .tiles import TileConfig
 
 if TYPE_CHECKING:
     from .arguments import BlockArgs, ScoreArgs
@@ -123,7 +122,6 @@ def _block_args(problem: AttentionProblem, blocks: BlockSparse, key: ForwardKey)
     from .arguments import BlockArgs
 
     cfg = key.cfg
-    assert isinstance(cfg, TileConfig), "no other kernel follows block lists"
     lengths = (problem.seqlen_q, problem.seqlen_k)
     rows, keys = blocks.block_size
     kinds = blocks.kinds(-(-problem.seqlen_k // keys))

@@ -116,9 +116,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
     """
     card = supported_card(problem.device)
     assert card.variant is not None, "supported_card has refused the others"
-    cfg = forward_row(
-        card.variant, problem.head_dim, problem.head_dim_v, problem.block_size is not None
-    )
+    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v)
     for refusal in _refusals(problem, cfg is not None and cfg.is_general):
         raise NotImplementedError(refusal)
     assert cfg is not None, "the last row holds every head dimension that is not refused"
@@ -168,15 +166,14 @@ def forward_rows(variant: str) -> tuple[Any, ...]:
 
 
 def forward_row(
-    variant: str, head_dim: int, head_dim_v: int, block_sparse: bool = False
+    variant: str, head_dim: int, head_dim_v: int
 ) -> TileConfig | sm100_tiles.TileConfig | None:
     """The narrowest row whose tiles hold tensors of these head dimensions, or None.
 
-    Every card has mma.sync: its rows serve what the variant's own family has no tiles for, and
-    block lists, which no other kernel follows.
+    Every card has mma.sync: its rows serve what the variant's own family has no tiles for.
     """
-    own = () if block_sparse else forward_rows(variant)
-    return next((row for row in (*own, *FORWARD_ROWS) if row.holds(head_dim, head_dim_v)), None)
+    rows = (*forward_rows(variant), *FORWARD_ROWS)
+    return next((row for row in rows if row.holds(head_dim, head_dim_v)), None)
 
 
 def _refusals(p: AttentionProblem, is_general: bool):
@@ -216,13 +213,15 @@ def _combinations(p: AttentionProblem, is_general: bool):
         ("num_splits", p.num_splits > 1),
         ("pack_gqa", p.pack_gqa is True),
     )
-    together = [name for name, given in asked if given]
-    alone = (
-        ("dropout_p", p.dropout_p, p.dropout_p > 0.0 and not is_general),
+    alone: list[tuple[str, object, bool]] = [
+        ("dropout_p", p.dropout_p, p.dropout_p > 0.0),
         ("block_sparse_tensors", "given", p.block_size is not None),
-    )
-    for name, value, given in alone if together else ():
-        if given:
+    ]
+    for name, value, given in alone:
+        # Lists are of single heads: no kernel packs heads under them.
+        apart = asked[2:] if name == "block_sparse_tensors" else ()
+        together = [other for other, is_asked in (apart if is_general else asked) if is_asked]
+        if given and together:
             rule = f"not on this GPU together with {', '.join(together)}"
             yield _refuse(name, value, rule, "leave one of them out, or pass CPU tensors")
 

@@ -22,7 +22,9 @@ def kinds_of(case: Case, block_size: tuple[int, int], per_head: bool) -> torch.T
     return kinds
 
 
-def check(fa4, case: Case, kinds: torch.Tensor, block_size: tuple[int, int], mask_mod, device):
+def check(
+    fa4, case: Case, kinds: torch.Tensor, block_size: tuple[int, int], mask_mod, device, **more
+):
     """The answer to `case` under the lists of `kinds` is the oracle's under the mask they mean."""
     call = harness.build(case, device)
     call.rule = Rule(
@@ -33,7 +35,7 @@ def check(fa4, case: Case, kinds: torch.Tensor, block_size: tuple[int, int], mas
     out, lse = fa4.interface._flash_attn_fwd(
         call.q, call.k, call.v, causal=case.causal, window_size_left=left, window_size_right=right,
         block_sparse_tensors=block_masks.lists(kinds.to(device), block_size), mask_mod=mask_mod,
-        return_lse=True,
+        return_lse=True, **more,
     )  # fmt: skip
     harness.judge(call, harness.cut(call, out, lse))
 

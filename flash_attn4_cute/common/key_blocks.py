@@ -13,6 +13,7 @@ from .scheduler import WorkTile
 from .seqlen import SeqlenInfo
 
 PARTIAL, FULL = 1, 2  # kinds of blocks; 0 is skipped
+KEYS = 8  # what sizes of blocks are multiples of
 
 
 @dataclass(frozen=True)
@@ -80,3 +81,20 @@ class KeyBlocks:
                             admitted = as_scalar(self.rule.mask_mod(*own), Boolean)
                             seen = kind == FULL or (kind == PARTIAL and admitted)
                         acc_mn[r_own, c_own] = acc_mn[r_own, c_own] if seen else -Float32.inf
+
+    @cute.jit
+    def apply_to_row(self, position: Int32, scores: cute.Tensor, row: Int32, key: Int32):
+        """The same for one thread that holds all scores of row `row` from column `key` on."""
+        if self.mList[position] % 2 == 1:
+            i = cutlass.min(row, self.site.seqlen.seqlen_q - 1) // self.rows
+            for first in cutlass.range_constexpr(0, cute.size(scores), KEYS):
+                j = cutlass.min(key + first, self.site.seqlen.seqlen_k - 1) // self.keys
+                kind = Int32(self.mKinds[i, j])
+                for c in cutlass.range_constexpr(first, first + KEYS):
+                    seen = kind != 0
+                    if const_expr(self.rule.mask_mod is not None):
+                        admitted = as_scalar(
+                            self.rule.mask_mod(*self.site.arguments(row, key + c)), Boolean
+                        )
+                        seen = kind == FULL or (kind == PARTIAL and admitted)
+                    scores[c] = scores[c] if seen else -Float32.inf

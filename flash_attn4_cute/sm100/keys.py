@@ -73,7 +73,7 @@ class TmaKeys:
         cfg, rank = self.cfg, pair.rank(self.cfg.ctas)
         k = self.k.source(args, work, head, 0)
         v = self.v.source(args, work, head, rank * self.v.tile.num_chunks)
-        first, seqlen_k = work.last_block, work.seqlen.seqlen_k
+        first, seqlen_k = work.block(0), work.seqlen.seqlen_k
         return (
             KvStream.of(k, first * cfg.ctas + rank, seqlen_k),
             KvStream.of(v, first, seqlen_k),
@@ -147,7 +147,7 @@ class GatheredKeys:
             work.seqlen.seqlen_k,
             Int32(first_column),
         )
-        first = work.last_block * cfg.ctas + rank if self.is_k else work.last_block
+        first = work.block(0) * cfg.ctas + rank if self.is_k else work.block(0)
         stream = KvStream.of(source, first, work.seqlen.seqlen_k)
         return stream, stream
 

@@ -42,17 +42,15 @@ class LoadRole:
                 queries = self.boxes(work)
                 k, v = keys.streams(args, work, kv_head)
                 for i in cutlass.range(work.num_blocks, unroll=1):
-                    n_block = work.last_block - i
+                    blocks = work.block(i), work.block(i + 1)
                     if i == 0:
                         self.load_q(queries, work, 0, q_phase)
-                    keys.load_k(k, (n_block, n_block - 1), kv.slot, kv.phase)
+                    keys.load_k(k, blocks, kv.slot, kv.phase)
                     kv = kv.next()
                     # Q1 is needed only after Q0 K^T has been issued.
                     if i == 0:
                         self.load_q(queries, work, 1, q_phase)
-                    tail_phase = keys.load_v(
-                        v, (n_block, n_block - 1), (kv.slot, kv.phase), tail_phase
-                    )
+                    tail_phase = keys.load_v(v, blocks, (kv.slot, kv.phase), tail_phase)
                     kv = kv.next()
                 q_phase ^= 1
             turn += 1

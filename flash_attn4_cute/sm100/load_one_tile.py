@@ -29,16 +29,14 @@ class LoadOneTileRole(LoadRole):
                 queries = self.boxes(work)
                 k, v = keys.streams(args, work, kv_head)
                 self.load_q(queries, work, 0, q_phase)
-                keys.load_k(k, (work.last_block, work.last_block - 1), kv.slot, kv.phase)
+                keys.load_k(k, (work.block(0), work.block(1)), kv.slot, kv.phase)
                 kv = kv.next()
                 for i in cutlass.range(work.num_blocks, unroll=1):
-                    n_block = work.last_block - i
+                    blocks = work.block(i), work.block(i + 1)
                     if i < work.num_blocks - 1:
-                        keys.load_k(k, (n_block - 1, n_block - 2), kv.slot, kv.phase)
+                        keys.load_k(k, (blocks[1], work.block(i + 2)), kv.slot, kv.phase)
                         kv = kv.next()
-                    tail_phase = keys.load_v(
-                        v, (n_block, n_block - 1), (kv.slot, kv.phase), tail_phase
-                    )
+                    tail_phase = keys.load_v(v, blocks, (kv.slot, kv.phase), tail_phase)
                     kv = kv.next()
                 q_phase ^= 1
             turn += 1

@@ -60,7 +60,7 @@ class SoftmaxRole:
 
     @cute.jit
     def run(self, args: ForwardArgs):
-        rings, statistics = self.rings, self.statistics
+        rings, statistics, rule = self.rings, self.statistics, self.queue.rule
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         tile = warp // WARPS_PER_GROUP
         # The slot of S and P: the tile's own, or that of the even or the odd key blocks.
@@ -79,12 +79,14 @@ class SoftmaxRole:
                     self.cfg.block_n,
                 )
                 own, heads = work.tile_of(thread), self.queue.num_heads
-                steps = ScoreSteps.of(self.score, self.queue.rule.mask_mod, args, own, work.seqlen)
+                # With block lists, mask_mod decides in some blocks only, and `blocks` asks it.
+                mask_mod = None if rule.block_sparse else rule.mask_mod
+                steps = ScoreSteps.of(self.score, mask_mod, args, own, work.seqlen)
                 dropout = Dropout.of(self.score.dropout, args, own, heads, thread)
                 token = work.token_of(tile, thread)
                 m, total = -Float32.inf, Float32(0.0)
                 for i in cutlass.range(work.num_blocks, unroll=1):
-                    n_block = work.last_block - i
+                    n_block = work.block(i)
                     rS = cute.make_rmem_tensor(BLOCK_N, Float32)
                     rings.s.wait_full(slot, s_phase)
                     fence_after_sync()
@@ -92,7 +94,7 @@ class SoftmaxRole:
                     rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
                     tStS = TmemRow(slot * BLOCK_N, BLOCK_N, thread)
                     masked = n_block < full_lo or n_block >= full_hi
-                    if const_expr(self.cfg.max_on_load and not steps.any):
+                    if const_expr(self.cfg.max_on_load and not (steps.any or rule.block_sparse)):
                         largest = tStS.load_with_max(rS, LOAD_WIDTH)
                         wait_loads()
                         m_new = row_max(largest, m)
@@ -104,6 +106,8 @@ class SoftmaxRole:
                         wait_loads()
                         if const_expr(steps.any):
                             steps.apply(rS_mn, places, corner[0], corner[1])
+                        if const_expr(rule.block_sparse):
+                            work.blocks.apply_to_row(work.last - i, rS, corner[0], corner[1])
                         if masked:
                             work.mask.apply(rS_mn, places, corner[0], corner[1])
                         m_new = row_max(rS, m)

@@ -8,6 +8,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
+from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler, WorkTile
 from ..common.seqlen import SeqlenInfo
@@ -18,11 +19,12 @@ from .tiles import BLOCK_M, TileConfig
 
 @dataclass(frozen=True)
 class Work:
-    """`num_blocks` key blocks for the queries of some Q tiles, the last one first.
+    """`num_blocks` key blocks for the queries of some Q tiles, the last one first: `block(i)`.
 
-    `token` is the first query of this CTA's first Q tile, `tile_tokens` the way to its next: in a
-    pair, Q tiles of the CTAs alternate, and `num_blocks` is what either needs. `tile.head` counts
-    key heads if heads are packed. With no key block, all roles but the correction pass on.
+    `last` is the first one's position in the order of the keys, or in the list of a block-sparse
+    mask. `token` is the first query of this CTA's first Q tile, `tile_tokens` the way to its next:
+    in a pair, Q tiles of the CTAs alternate, and `num_blocks` is what either needs. `tile.head`
+    counts key heads if heads are packed. With no key block, only the correction has work to do.
     """
 
     rows: Constexpr[RowMap]
@@ -31,9 +33,18 @@ class Work:
     split: Int32
     seqlen: SeqlenInfo
     mask: BandMask
+    blocks: KeyBlocks
     token: Int32
-    last_block: Int32
+    last: Int32
     num_blocks: Int32
+
+    @cute.jit
+    def block(self, i) -> Int32:
+        """Number of the i-th key block; one number more than there are blocks may be asked for."""
+        position = self.last - i
+        if const_expr(self.blocks.rule.block_sparse):
+            position = self.blocks.at(cutlass.max(position, 0))
+        return position
 
     def token_of(self, tile, row):
         """The token of row `row` of Q tile `tile`."""
@@ -83,6 +94,8 @@ class WorkQueue:
         token = tile.m_block * cfg.block_tokens
         end_token = cutlass.min(token + cfg.block_tokens, seqlen.seqlen_q)
         lo, hi = mask.blocks(token, end_token, cfg.block_n)
+        blocks = KeyBlocks.of(self.rule, args, tile, seqlen)
+        lo, hi = blocks.limits(lo, hi)
         split = Int32(0)
         if const_expr(args.mWorkspace is not None):
             _, split, _ = cute.arch.block_idx()
@@ -92,4 +105,4 @@ class WorkQueue:
         num_blocks = hi - lo if token < seqlen.seqlen_q else 0
         token += pair.rank(cfg.ctas) * rows.tokens
         tile_tokens = cfg.ctas * rows.tokens
-        return Work(rows, tile_tokens, tile, split, seqlen, mask, token, hi - 1, num_blocks)
+        return Work(rows, tile_tokens, tile, split, seqlen, mask, blocks, token, hi - 1, num_blocks)
