@@ -19,6 +19,7 @@ from .problem import AttentionProblem, Layout
 from .rules import PLAIN, BandRule, ScoreRule
 from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
+from .sm100.pairing import in_pairs
 from .tiles import FORWARD_ROWS, TileConfig
 
 UNBOUNDED = 2**31 - 1
@@ -136,7 +137,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
         return Plan(key=decode_key, num_splits=num_splits, **shared)
     num_splits = 1
     if isinstance(cfg, sm100_tiles.TileConfig):
-        cfg = fitted(cfg, problem)
+        cfg = fitted(in_pairs(cfg, card.variant, problem), problem)
         num_splits = choose_splits(cfg, problem, card.num_sms)
     key = ForwardKey(
         variant=card.variant,

@@ -23,6 +23,7 @@ from flash_attn4_cute.decode_tiles import decode_rows
 from flash_attn4_cute.plan import ForwardKey, forward_rows
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.rules import BandRule
+from flash_attn4_cute.sm100.tiles import PAIR_ROWS
 
 VARIANTS = ("sm90a", "sm100a", "sm103a", "sm120a", "sm121a")
 # The tcgen05 kernels differ in little but widths and take long to compile: these stand for all.
@@ -41,11 +42,12 @@ def keys(variant: str) -> dict[str, ForwardKey]:
     }  # fmt: skip
     prefill = least | {"dtype": torch.bfloat16, "rule": BandRule(False, True), "has_lse": True}
     found = {}
-    for cfg in forward_rows(variant):
+    for cfg in (*forward_rows(variant), *PAIR_ROWS.get(variant, ())):
         if cfg.head_dim not in HEAD_DIMS.get(variant, (cfg.head_dim,)):
             continue
         for name, choice in (("least", least), ("most", most), ("prefill", prefill)):
             dims = f"d{cfg.head_dim}" + f"_{cfg.head_dim_v}" * (cfg.head_dim_v != cfg.head_dim)
+            dims += "_pair" * (cfg in PAIR_ROWS.get(variant, ()))
             found[f"{variant}_{dims}_{name}"] = ForwardKey(
                 variant=variant,
                 dtype=choice["dtype"],

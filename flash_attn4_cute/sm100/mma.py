@@ -80,12 +80,20 @@ class MmaRole:
         with cute.arch.elect_one():
             ring.commit_empty("mma", slot)
 
+    def lower_q(self, tile: int, slot: Int32) -> Int32:
+        """The lower word of the descriptor of a Q tile, plus 0, which only a `slot` knows.
+
+        If it were the same in every turn of the loop, ptxas would work out the descriptors of all
+        steps before it, and spill them: up to 144 bytes at d 192.
+        """
+        return self.q.lower(tile) + (slot >> 16)
+
     @cute.jit
     def issue_qk(self, tile: Constexpr[int], slot: Int32):
         """S = Q K^T for one Q tile and the block in `slot`."""
         cfg = self.products.cfg
         target = (self.tmem.s[tile], self.products.instruction(BLOCK_N, False), cfg.ctas)
-        q, k = (self.q, self.q.lower(tile)), (self.k, self.k.lower(slot))
+        q, k = (self.q, self.lower_q(tile, slot)), (self.k, self.k.lower(slot))
         with cute.arch.elect_one():
             multiply(target, q, k, range(cfg.head_dim // STEP), 0)
             self.rings.s.commit_full("mma", tile)

@@ -58,7 +58,7 @@ class MmaOneTileRole(MmaRole):
         """S = Q K^T for the block of K in `slot`, into the slot `scores` of tensor memory."""
         cfg = self.products.cfg
         target = (scores * BLOCK_N, self.products.instruction(BLOCK_N, False), cfg.ctas)
-        q, k = (self.q, self.q.lower(0)), (self.k, self.k.lower(slot))
+        q, k = (self.q, self.lower_q(0, slot)), (self.k, self.k.lower(slot))
         with cute.arch.elect_one():
             multiply(target, q, k, range(cfg.head_dim // STEP), 0)
             self.rings.s.commit_full("mma", scores)

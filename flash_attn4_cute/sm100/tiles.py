@@ -212,13 +212,12 @@ def _row(
     return replace(row, kv_stages=MAX_STAGES - -(-excess // row.slot_bytes))
 
 
-def _pair_of_wide_tiles(head_dim: int, emulated_pairs: int, stack_bytes: int = 0) -> TileConfig:
-    """A row of a pair with one Q tile a CTA."""
+def _pair_of_wide_tiles(head_dim: int) -> TileConfig:
+    """A row of a pair with one Q tile a CTA: the exponentials have time, twice what they take."""
     return _row(
         head_dim,
         head_dim,
-        emulated_pairs,
-        stack_bytes,
+        0,
         ctas=2,
         q_tiles=1,
         registers=RegisterBudget(softmax=240, correction=160, other=96),
@@ -232,18 +231,40 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
         # 512, 778, 783 / 512, 866, 1018; with 3 pairs of 8: 512, 650, 874 / 512, 724, 1121
         _row(64, 64, 2, stack_bytes=16),
-        _row(96, 96, 2, stack_bytes=16),
+        _row(96, 96, 2, stack_bytes=8),
         # causal 1024, 1008, 1002; with 2 pairs of 8: 1024, 778, 833 / 1024, 866, 1104
-        _row(128, 128, 1, stack_bytes=48),
+        _row(128, 128, 1),
         # causal 1280, 1150, 912
-        _row(192, 128, 0, stack_bytes=136),
-        _pair_of_wide_tiles(256, 0),
+        _row(192, 128, 0),
+        _pair_of_wide_tiles(256),
     ),
     "sm103a": tuple(
         replace(row, max_on_load=True)
         for row in (
-            *(_row(*dims, 0) for dims in ((64, 64), (96, 96), (128, 128), (192, 128))),
-            _pair_of_wide_tiles(256, 0),
+            _row(64, 64, 0),
+            _row(96, 96, 0),
+            _row(128, 128, 0),
+            _row(192, 128, 0, stack_bytes=8),
+            _pair_of_wide_tiles(256),
         )
     ),
+}
+
+
+def _pairs(rows: tuple[TileConfig, ...]) -> tuple[TileConfig, ...]:
+    """Of rows with two Q tiles, those that the tensor core bounds, as pairs."""
+    return tuple(
+        replace(
+            _row(row.head_dim, row.head_dim_v, row.emulated_pairs, ctas=2),
+            max_on_load=row.max_on_load,
+        )
+        for row in rows
+        if row.ctas == 1 and row.head_dim >= 128
+    )
+
+
+# Alternatives for rows of the same widths: half of the shared memory and of the L2 reads of K and
+# V a CTA, for tiles of 512 rows that both CTAs finish together. `plan` says where that pays.
+PAIR_ROWS: dict[str, tuple[TileConfig, ...]] = {
+    variant: _pairs(rows) for variant, rows in FORWARD_ROWS.items()
 }

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ptx_emulator
+from flash_attn4_cute import plan
+from flash_attn4_cute.sm100 import pairing
 from ptx_emulator.cli import ours
 from ptx_emulator.cli.case import judge, make_inputs
 from tests.cases import BF16, F16, Case
@@ -107,3 +109,68 @@ def test_steps(fa4, name):
         lengths = {**lengths, "seqlens_q": (300,), "seqlens_k": (150,)}
     question = Case(name=name, d=256, dtype=(BF16, F16)[turn % 2], **{**lengths, **STEPS[name]})
     verify(fa4, question, ARCHS[turn % 2], (turn,))
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Pairs wherever there is a row of them, not only where they pay."""
+    monkeypatch.setattr(pairing, "pays_in_pairs", lambda row, problem: True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dims", "window", "schedules"),
+    [
+        ("sm_100a", (128, 128), "causal", 16),
+        ("sm_103a", (192, 128), "full", 4),
+        ("sm_103a", (104, 128), "window", 2),
+        ("sm_100a", (192, 120), "left", 2),
+    ],
+)
+def test_two_tiles_a_cta(everywhere, arch, head_dims, window, schedules):
+    """Four tiles a pair, the last without rows; grouped heads."""
+    left, right = WINDOWS[window]
+    question = case(head_dim=head_dims[0], left=left, right=right, seqlen_q=300, seqlen_k=270)
+    question = replace(question, head_dim_v=head_dims[1])
+    assert_right(question, arch, range(schedules))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 8, 9, 17])
+def test_numbers_of_key_blocks_with_two_tiles(everywhere, num_blocks):
+    """Up to twice the ring's eight slots, and one more."""
+    sizes = {"seqlen_q": 257, "seqlen_k": 128 * num_blocks - 1}
+    assert_right(case(head_dim=128, heads=1, **sizes), ARCHS[num_blocks % 2], (num_blocks,))
+
+
+def test_varlen_with_two_tiles(everywhere):
+    """Packed sequences of drawn lengths, the last one empty; NaN behind used ones."""
+    question = case(varlen=True, batch=4, seqlen_q=300, seqlen_k=400, right=0, dtype=torch.float16)
+    assert_right(question, "sm_103a", (0, 6))
+    question = case(batch=4, heads=1, seqlen_q=300, seqlen_k=300, right=0)
+    used_q, used_k = (300, 0, 257, 140), (101, 300, 0, 256)
+    assert_nothing_is_seen_behind_seqused(question, used_q, used_k, "sm_100a", 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pair"),
+    [
+        ({"seqlen_q": 512}, True),
+        ({"seqlen_q": 600}, False),  # a third tile of 256 rows, for which a pair would need four
+        ({"seqlen_q": 5000}, True),
+        ({"seqlen_q": 512, "right": 0}, False),
+        ({"seqlen_q": 512, "varlen": True}, False),
+        ({"seqlen_q": 512, "head_dim": 64}, False),
+    ],
+)
+def test_where_pairs_pay(monkeypatch, changes, pair):
+    """As in `pairing.pays_in_pairs`, for what both could do."""
+    question = case(seqlen_k=64, **changes)
+    inputs, plans = make_inputs(question), []
+
+    def stop(problem, tensors):
+        plans.append(plan.make_plan(problem))
+        raise StopIteration
+
+    monkeypatch.setattr("flash_attn4_cute.launch.forward", stop)
+    with ptx_emulator.session("sm_100a") as emulator, pytest.raises(StopIteration):
+        ours.forward(emulator, question, inputs)
+    assert (plans[0].key.cfg.ctas == 2) is pair
