@@ -8,10 +8,11 @@ REPO_ID := flash-attn-4-org/flash-attn-4
 # Options for pytest, as in: make test PYTEST="-k causal"
 PYTEST ?=
 # Options of the emulator, as in: make emulate ARGS="--arch sm120a --causal"; --help lists them
-# and of the fuzzer, as in: make fuzz ARGS="--backend cuda --cases 2000 --shards 16"
+# of the fuzzer, as in: make fuzz ARGS="--backend cuda --cases 2000 --shards 16"
+# and of publish: make publish REPO=org/flash-attn-4 ARGS=--execute
 ARGS ?=
 
-.PHONY: help setup build demo test test-vllm test-gpu emulate fuzz lint clean
+.PHONY: help setup build publish demo test test-vllm test-gpu emulate fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +24,10 @@ setup: ## create .venv with all that developing needs
 build: ## assemble build/torch-cuda and build/torch-cpu, as get_kernel loads them
 	@$(PYTHON) scripts/setup_env.py demo
 	@$(VENV)/python -m flash_attn4_cute.build
+
+publish: ## say what would be published as REPO=org/flash-attn-4; ARGS=--execute publishes it
+	@$(PYTHON) scripts/setup_env.py demo
+	@$(VENV)/python -m flash_attn4_cute.build.publish "$(REPO)" $(ARGS)
 
 demo: ## generate text with a language model, once with this kernel and once with eager attention
 	@$(PYTHON) scripts/setup_env.py demo && $(VENV)/python -m flash_attn4_cute.build \
