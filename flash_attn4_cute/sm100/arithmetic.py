@@ -72,7 +72,7 @@ def scale_and_shift(row: cute.Tensor, scale: Float32, shift: Float32):
 
 @cute.jit
 def exp2_row(row: cute.Tensor, first_pair: int, emulated_pairs: int):
-    """row <- 2^row, in place; `emulated_pairs` of every eight pairs on the FMA units.
+    """row <- 2^row, in place; `emulated_pairs` of every 16 pairs on the FMA units.
 
     Which pairs depends on their columns alone: `first_pair` is the number of pairs before the row.
     """
@@ -85,7 +85,7 @@ def exp2_row(row: cute.Tensor, first_pair: int, emulated_pairs: int):
 
 
 def is_emulated(pair: int, emulated_pairs: int) -> bool:
-    """Whether a pair of columns is among those spread evenly over each unit of eight."""
+    """Whether a pair of columns is among those spread evenly over each unit."""
     place = pair % PAIRS_PER_UNIT
     return (place + 1) * emulated_pairs // PAIRS_PER_UNIT > place * emulated_pairs // PAIRS_PER_UNIT
 

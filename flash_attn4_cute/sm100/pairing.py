@@ -23,8 +23,9 @@ def pays_in_pairs(row: TileConfig, p: AttentionProblem) -> bool:
     upstream does, and not measured.
     """
     even = p.q_layout is Layout.DENSE and not (p.has_seqused_q or p.has_seqused_k)
+    even = even and p.block_size is None and not isinstance(band_of(p.mask), Band)
     whole = p.page_size is None or p.page_size % WHOLE_BLOCKS == 0
-    if not even or not whole or p.num_splits > 1 or isinstance(band_of(p.mask), Band):
+    if not even or not whole or p.num_splits > 1:
         return False
     alone, pairs = -(-p.seqlen_q // row.block_m), -(-p.seqlen_q // (2 * row.block_m))
     return 2 * pairs == alone or alone >= MANY_TILES

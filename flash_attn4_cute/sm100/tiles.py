@@ -18,7 +18,7 @@ SCORE_SLOTS = 2  # of S and P: they belong to what takes turns on the tensor cor
 STAGED_BYTES = 128  # of a row of O that pass through shared memory at a time
 SWIZZLE_COLUMNS = (64, 32, 16)  # 16-bit columns of a row of a swizzle atom, best first
 MIN_BOX_ROWS = 8  # of keys that TMA brings: smaller pages would take too many instructions
-PAIRS_PER_UNIT = 8  # pairs of columns: the unit in which exponentials are moved to the FMA units
+PAIRS_PER_UNIT = 16  # pairs of columns: the unit in which exponentials are moved to the FMA units
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class TileConfig:
     `ctas` 2 is a pair of CTAs on neighbouring SMs, which multiply as one: each has its own rows of
     Q, S, P and O, half of the keys of a block of K, and half of the columns of V.
 
-    `emulated_pairs` of every eight pairs of scores take their exponential on the FMA units, always
+    `emulated_pairs` of every 16 pairs of scores take their exponential on the FMA units, always
     the same columns, so that a row's result does not depend on which blocks need a mask.
     `max_on_load`: `tcgen05.ld.red` returns the row maximum with the scores (sm_103). `stack_bytes`
     is the most that ptxas may spill a thread.
@@ -227,13 +227,14 @@ def _pair_of_wide_tiles(head_dim: int) -> TileConfig:
 # Modelled, not measured (2026-11): no card of the family was at hand. Cycles of an SM for one
 # 128 x 128 tile, dense / causal at 1024 tokens, from benchmarks/compare_counters.py: tensor core,
 # exponentials, issue slots. A pair of exponentials on the FMA units costs eleven slots a warp.
+# What docs/design.md has at 2048 tokens is beside upstream's.
 FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
-        # 512, 778, 783 / 512, 866, 1018; with 3 pairs of 8: 512, 650, 874 / 512, 724, 1121
-        _row(64, 64, 2, stack_bytes=16),
-        _row(96, 96, 2, stack_bytes=8),
-        # causal 1024, 1008, 1002; with 2 pairs of 8: 1024, 778, 833 / 1024, 866, 1104
-        _row(128, 128, 1),
+        # 512, 842, 741 / 512, 937, 971; 4 pairs: 512, 778, 783 / 512, 866, 1018
+        _row(64, 64, 3),
+        _row(96, 96, 3),
+        # causal 1024, 1008, 1002; with 4 pairs: 1024, 778, 833 / 1024, 866, 1104
+        _row(128, 128, 2),
         # causal 1280, 1150, 912
         _row(192, 128, 0),
         _pair_of_wide_tiles(256),
