@@ -34,6 +34,7 @@ def test_public_names(fa4):
         "flash_attn_with_kvcache",
         "get_scheduler_metadata",
         "merge_attention_states",
+        "use_in_transformers",
     }
     for name in fa4.__all__:
         text = inspect.getdoc(getattr(fa4, name))

@@ -7,6 +7,8 @@ matches `.*flash.*[23]` and CUDA is there; otherwise it gathers the cache and ca
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -74,13 +76,59 @@ def batched(model, prompts, implementation):
     return [result.generated_tokens for result in by_length]
 
 
-def test_gathered_cache(model, prompts, calls):
-    assert batched(model, prompts, REPO_ID) == one_by_one(model, prompts)
+# Pinned revisions: 40 digits of which none is a 2 or a 3, and with one of them.
+PINNED, PINNED_PAGED = "0145789abc" * 4, "0145789ab3" + "0145789abc" * 3
+
+
+@pytest.mark.parametrize("implementation", [REPO_ID, f"{REPO_ID}@{PINNED}"])
+def test_gathered_cache(model, prompts, calls, monkeypatch, implementation):
+    """With CUDA there too, the name alone keeps transformers from block tables."""
+    monkeypatch.setattr(batching, "torch", PretendCuda())
+    assert batched(model, prompts, implementation) == one_by_one(model, prompts)
     assert set(calls) == {"flash_attn_varlen_func"}
 
 
-@pytest.mark.parametrize("implementation", [f"{REPO_ID}:fa3", f"{REPO_ID}@v2"])
+@pytest.mark.parametrize(
+    "implementation", [f"{REPO_ID}:fa3", f"{REPO_ID}@v2", f"{REPO_ID}@{PINNED_PAGED}"]
+)
 def test_paged_cache(model, prompts, calls, monkeypatch, implementation):
     monkeypatch.setattr(batching, "torch", PretendCuda())
     assert batched(model, prompts, implementation) == one_by_one(model, prompts)
     assert "flash_attn_with_kvcache" in calls
+
+
+def test_padding_rows_of_a_graph(fa4, model, prompts, monkeypatch, recorder):
+    """transformers pads a captured decoding step with rows of length -1 and pages -1.
+
+    It does so on CUDA only; here each of its calls is repeated with such rows and must give the
+    same: the other rows bit for bit, zeros, and an unchanged cache.
+    """
+    monkeypatch.setattr(batching, "torch", PretendCuda())
+    plain = fa4.flash_attn_with_kvcache
+    repeated = []
+
+    @functools.wraps(plain)
+    def with_padding(q, k_cache, v_cache, k, v, **options):
+        # Keys and values are pages of one buffer, and the two caches are views that overlap.
+        buffer = k_cache.new_empty(0).set_(k_cache.untyped_storage())
+        copy = buffer.clone()
+        caches = [
+            copy.as_strided(x.shape, x.stride(), x.storage_offset()) for x in (k_cache, v_cache)
+        ]
+        out = plain(q, k_cache, v_cache, k, v, **options)
+        rows = [torch.cat([x, x[:1].expand(2, *x.shape[1:])]) for x in (q, k, v)]
+        table = "block_table" if "block_table" in options else "page_table"
+        for name in (table, "cache_seqlens"):
+            given = options[name]
+            padding = torch.full((2, *given.shape[1:]), -1, dtype=given.dtype)
+            options[name] = torch.cat([given, padding])
+        padded = plain(rows[0], *caches, *rows[1:], **options)
+        assert padded[:-2].equal(out) and padded[-2:].eq(0).all()
+        assert copy.equal(buffer)
+        repeated.append(len(q))
+        return out
+
+    monkeypatch.setattr(fa4, "flash_attn_with_kvcache", with_padding)
+    # A name of its own, since transformers keeps a kernel's functions once it has loaded them.
+    assert batched(model, prompts, f"{REPO_ID}@v3") == one_by_one(model, prompts)
+    assert repeated

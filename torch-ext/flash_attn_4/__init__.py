@@ -1,5 +1,6 @@
 """flash-attn-4: exact attention for NVIDIA Blackwell, and in plain PyTorch elsewhere."""
 
+from .in_transformers import use_in_transformers
 from .interface import _flash_attn_fwd as _flash_attn_fwd
 from .interface import (
     flash_attn_combine,
@@ -20,4 +21,5 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "merge_attention_states",
+    "use_in_transformers",
 ]
