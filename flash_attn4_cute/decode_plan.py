@@ -60,16 +60,17 @@ def decodes(p: AttentionProblem, prefill_is_general: bool = False) -> bool:
     """Whether the decode kernel answers `p`: few rows, or what no other kernel does.
 
     pack_gqa=False with num_splits=1 asks for results that do not depend on the number of queries:
-    there the forward kernel answers whatever it can. `prefill_is_general`: it reads pages, splits
-    keys and packs heads too, so that this one is left with few rows.
+    there the forward kernel answers. `prefill_is_general`: it packs heads too, so that this one is
+    left with few rows.
     """
     if p.dropout_p or p.block_size is not None:
         return False
     if p.fp8_kv:
         return True
     if not prefill_is_general:
-        asked = p.num_splits > 1 or p.pack_gqa or p.kv_layout is Layout.PAGED
-        return bool(asked) or (p.pack_gqa is None and packed_rows(p) <= MAX_PACKED_ROWS)
+        either = p.num_splits > 1 or (p.num_splits == 0 and p.kv_layout is Layout.PAGED)
+        few = packed_rows(p) <= MAX_PACKED_ROWS
+        return bool(p.pack_gqa) or (few and (p.pack_gqa is None or either))
     if p.pack_gqa is False or p.num_heads // p.num_heads_kv > MAX_PACKED_ROWS:
         return bool(p.pack_gqa)
     return packed_rows(p) <= MAX_PACKED_ROWS

@@ -20,6 +20,7 @@ from .rules import PLAIN, BandRule, ScoreRule
 from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
 from .sm100.pairing import in_pairs
+from .splits import MAX_SPLITS, choose_forward_splits
 from .tiles import FORWARD_ROWS, TileConfig
 
 UNBOUNDED = 2**31 - 1
@@ -117,7 +118,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
     """
     card = supported_card(problem.device)
     assert card.variant is not None, "supported_card has refused the others"
-    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v)
+    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v, problem.page_size)
     for refusal in _refusals(problem, cfg is not None and cfg.is_general):
         raise NotImplementedError(refusal)
     assert cfg is not None, "the last row holds every head dimension that is not refused"
@@ -135,10 +136,11 @@ def make_plan(problem: AttentionProblem) -> Plan:
     if decodes(problem, cfg.is_general):
         decode_key, num_splits = decode_plan(problem, rule, card)
         return Plan(key=decode_key, num_splits=num_splits, **shared)
-    num_splits = 1
     if isinstance(cfg, sm100_tiles.TileConfig):
         cfg = fitted(in_pairs(cfg, card.variant, problem), problem)
         num_splits = choose_splits(cfg, problem, card.num_sms)
+    else:
+        num_splits = _forward_splits(problem, cfg, card.num_sms)
     key = ForwardKey(
         variant=card.variant,
         dtype=problem.dtype,
@@ -167,14 +169,26 @@ def forward_rows(variant: str) -> tuple[Any, ...]:
 
 
 def forward_row(
-    variant: str, head_dim: int, head_dim_v: int
+    variant: str, head_dim: int, head_dim_v: int, page_size: int | None = None
 ) -> TileConfig | sm100_tiles.TileConfig | None:
     """The narrowest row whose tiles hold tensors of these head dimensions, or None.
 
     Every card has mma.sync: its rows serve what the variant's own family has no tiles for.
     """
     rows = (*forward_rows(variant), *FORWARD_ROWS)
-    return next((row for row in rows if row.holds(head_dim, head_dim_v)), None)
+    holding = (row for row in rows if row.holds(head_dim, head_dim_v))
+    if page_size is not None:
+        pages = (row.paged(page_size) if isinstance(row, TileConfig) else row for row in holding)
+        holding = (row for row in pages if row is not None)
+    return next(holding, None)
+
+
+def _forward_splits(p: AttentionProblem, cfg: TileConfig, num_sms: int) -> int:
+    """The number of splits of a launch of the mma.sync forward kernel."""
+    if p.num_splits > 0 or p.block_size is not None:
+        return min(max(p.num_splits, 1), MAX_SPLITS)
+    tiles = p.batch * p.num_heads * -(-p.seqlen_q // cfg.block_m)
+    return choose_forward_splits(tiles, -(-p.seqlen_k // cfg.block_n), num_sms)
 
 
 def _refusals(p: AttentionProblem, is_general: bool):
@@ -205,23 +219,21 @@ def _refusals(p: AttentionProblem, is_general: bool):
 
 
 def _combinations(p: AttentionProblem, is_general: bool):
-    """Why none of the kernels does all of what `p` asks.
-
-    If the forward kernel is not general, only the decode kernel splits keys and reads pages.
-    """
-    asked = (
-        ("page_table", p.kv_layout is Layout.PAGED),
-        ("num_splits", p.num_splits > 1),
-        ("pack_gqa", p.pack_gqa is True),
-    )
-    alone: list[tuple[str, object, bool]] = [
-        ("dropout_p", p.dropout_p, p.dropout_p > 0.0),
-        ("block_sparse_tensors", "given", p.block_size is not None),
-    ]
-    for name, value, given in alone:
+    """Why none of the kernels does all of what `p` asks, if the forward kernel is (not) general."""
+    packs = ("pack_gqa", p.pack_gqa is True)
+    pages = ("page_table", p.kv_layout is Layout.PAGED)
+    alone: tuple[tuple[str, object, bool, tuple], ...] = (
+        ("dropout_p", p.dropout_p, p.dropout_p > 0.0, () if is_general else (packs,)),
         # Lists are of single heads: no kernel packs heads under them.
-        apart = asked[2:] if name == "block_sparse_tensors" else ()
-        together = [other for other, is_asked in (apart if is_general else asked) if is_asked]
+        (
+            "block_sparse_tensors",
+            "given",
+            p.block_size is not None,
+            (packs,) if is_general else (pages, packs),
+        ),
+    )
+    for name, value, given, others in alone:
+        together = [other for other, is_asked in others if is_asked]
         if given and together:
             rule = f"not on this GPU together with {', '.join(together)}"
             yield _refuse(name, value, rule, "leave one of them out, or pass CPU tensors")

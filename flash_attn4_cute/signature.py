@@ -62,7 +62,7 @@ def trace_forward(key: ForwardKey) -> tuple:
     kv_lead = {
         Layout.DENSE: (cute.sym_int() if key.has_kv_batch_idx else batch, cute.sym_int()),
         Layout.VARLEN: (cute.sym_int(),),
-        Layout.PAGED: (cute.sym_int(), cute.sym_int(divisibility=getattr(key.cfg, "box_n", 1))),
+        Layout.PAGED: (cute.sym_int(), cute.sym_int(divisibility=key.cfg.box_n or 1)),
     }[key.kv_layout]
     q_lead = (total_q,) if packed_q else (batch, total_q)
 

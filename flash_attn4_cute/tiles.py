@@ -5,7 +5,8 @@ configurations that ship, and where and when each was measured. A head dimension
 own takes the narrowest row that holds it; the columns beyond it are zero and not stored.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 WARP_SIZE = 32
 WARPS_PER_GROUP = 4
@@ -36,7 +37,8 @@ class TileConfig:
     `ldmatrix.x4` of K or V feeds four `mma.sync`, or one where O would take too many registers.
     Blocks of `block_n` rows of K and of V take turns in a ring of `kv_stages` slots, all of K's
     width. Q stays in registers if `q_in_registers`, else `ldmatrix` brings it once a block.
-    `stack_bytes` is the most that ptxas may spill a thread.
+    `stack_bytes` is the most that ptxas may spill a thread. K and V in pages arrive in boxes of
+    `box_n` rows, None if they are not paged.
     """
 
     head_dim: int
@@ -48,6 +50,7 @@ class TileConfig:
     q_in_registers: bool = False
     registers: RegisterBudget = RegisterBudget(load=24, compute=240)
     stack_bytes: int = 0
+    box_n: int | None = None
 
     @property
     def family(self) -> str:
@@ -56,7 +59,7 @@ class TileConfig:
 
     @property
     def is_general(self) -> bool:
-        """Whether the kernel also reads pages, splits keys and packs heads: see decode_plan."""
+        """Whether the kernel also packs heads, and follows block lists over pages."""
         return False
 
     @property
@@ -80,6 +83,11 @@ class TileConfig:
         """Whether tensors of these head dimensions fit into the tiles."""
         return head_dim <= self.head_dim and head_dim_v <= self.head_dim_v
 
+    def paged(self, page_size: int) -> "TileConfig | None":
+        """The same for pages of so many keys, or None: boxes begin at multiples of 128 bytes."""
+        box_n = math.gcd(page_size, self.block_n)
+        return replace(self, box_n=box_n) if 2 * box_n * self.swizzle_elements % 128 == 0 else None
+
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA: the Q tile, the ring of K and V blocks, the barriers."""
@@ -88,8 +96,9 @@ class TileConfig:
 
     def explain(self) -> str:
         """What the tiles are, for people."""
+        pages = f" in boxes of {self.box_n}" if self.box_n else ""
         return (
-            f"{self.block_m} queries x {self.block_n} keys, {self.kv_stages} K/V slots, "
+            f"{self.block_m} queries x {self.block_n} keys{pages}, {self.kv_stages} K/V slots, "
             f"{self.num_compute_warps} compute warps, {self.smem_bytes} bytes of shared memory"
         )
 
@@ -100,6 +109,7 @@ class TileConfig:
         assert self.head_dim_v <= self.head_dim, "V takes slots of K's width"
         assert self.rows_per_warp in (16, 32)
         assert self.kv_stages >= 2, "K and V of one block are in flight together"
+        assert self.block_n % (self.box_n or self.block_n) == 0, "a block is boxes"
         assert self.num_compute_warps % WARPS_PER_GROUP == 0
         assert self.smem_bytes <= SMEM_LIMIT_SM120, f"{self} needs {self.smem_bytes} bytes"
         groups = self.num_compute_warps // WARPS_PER_GROUP

@@ -83,10 +83,9 @@ class Case:
         negative = (self.softmax_scale or 0) < 0
         steps = (self.softcap != 0, self.sink, self.alibi is not None, self.dropout_p > 0, negative)
         own = (self.dtype, self.d, self.d_v, self.bounds, self.layout, used, self.return_lse, steps)
-        if not self.decodes:
-            return own
         box = None if self.page_size is None else math.gcd(self.page_size, 64)
-        return (*own, self.num_splits > 1, box, self.packed_rows > 16)
+        rows = self.packed_rows > 16 if self.decodes else None
+        return (*own, self.num_splits > 1, box, rows)
 
     @property
     def packed_rows(self) -> int:
@@ -96,9 +95,7 @@ class Case:
     @property
     def decodes(self) -> bool:
         """Whether the GPU's decode kernel answers."""
-        few = self.packed_rows <= 128
-        asked = self.num_splits > 1 or self.layout.startswith("paged")
-        return self.dropout_p == 0 and (asked or few)
+        return self.dropout_p == 0 and self.packed_rows <= 128
 
     @property
     def has_steps(self) -> bool:
@@ -108,11 +105,10 @@ class Case:
 
     def missing_on_gpu(self) -> str | None:
         """Pattern of the arguments that the GPU kernels refuse, None if they answer this case."""
-        asked = self.num_splits > 1 or self.layout.startswith("paged")
         reasons = (
             (self.dtype not in HALF_DTYPES, "dtype"),
             (any(n % 8 or n > 256 for n in (self.d, self.d_v or self.d)), "head_dim"),
-            (self.dropout_p != 0 and asked, "together with"),
+            (self.dropout_p != 0 and self.pack_gqa is True, "together with"),
             (self.layout.startswith("paged") and self.strides in UNALIGNED_STRIDES, "a cache"),
         )
         return "|".join(pattern for applies, pattern in reasons if applies) or None
@@ -353,6 +349,34 @@ def _decode() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def _chunks() -> Iterator[Case]:
+    """Many queries against pages or split keys, as chunked prefill asks: the forward kernel's."""
+    sq, used = (130, 1, 300, 0, 65), (300, 1, 320, 0, 256)
+    for size, splits in ((1, 1), (16, 3), (24, 0), (64, 7), (128, 1), (256, 2)):
+        yield Case(
+            name=f"page{size}_splits{splits}", layout="paged", page_size=size, seqlens_q=sq,
+            seqlens_k=(320,) * 5, used_k=used, num_splits=splits, causal=True, d=64,
+        )  # fmt: skip
+    for d, d_v in ((40, 40), (96, 96), (128, 128), (192, 128), (256, 256)):
+        yield Case(
+            name=f"d{d}_{d_v}", layout="paged", page_size=16, seqlens_q=(140, 90), d=d, d_v=d_v,
+            seqlens_k=(200,) * 2, used_k=(200, 99), num_splits=2, window=(70, 0),
+        )  # fmt: skip
+    for splits, (mask, args) in product((0, 3, 256), MASKS.items()):
+        name = f"dense_{mask}_splits{splits}"
+        yield Case(name=name, seqlens_q=(300,), seqlens_k=(900,), num_splits=splits, **args)
+    extras = {"softcap": 15.0, "sink": True, "alibi": "batch"}
+    heads = {"heads": 2, "heads_kv": 1, "d": 64}
+    lengths = {"seqlens_q": (70,) * 2, "seqlens_k": (200,) * 2, "causal": True, **heads}
+    yield Case(name="splits_steps", num_splits=3, **lengths, **extras)
+    yield Case(name="splits_dropout", num_splits=3, dropout_p=0.3, **lengths)
+    paged = {"layout": "paged", "page_size": 16, "used_k": (200, 40)}
+    yield Case(name="pages_steps", num_splits=2, **paged, **lengths, **extras)
+    yield Case(name="pages_dropout", num_splits=0, dropout_p=0.3, **paged, **lengths)
+    few = {"seqlens_q": (1,) * 2, "seqlens_k": (200,) * 2, "causal": True, **heads}
+    yield Case(name="pages_dropout_decode", num_splits=2, dropout_p=0.3, **paged, **few)
+
+
 # --- everything that is not in every kernel -------------------------------------------------------
 
 
@@ -395,6 +419,7 @@ USED = tuple(_used())
 STRIDES = tuple(_strides())
 PAGES = tuple(_pages())
 DECODE = tuple(_decode())
+CHUNKS = tuple(_chunks())
 FEATURES = tuple(_features())
 
 FAMILIES = {
@@ -411,5 +436,6 @@ FAMILIES = {
     "strides": STRIDES,
     "pages": PAGES,
     "decode": DECODE,
+    "chunks": CHUNKS,
     "features": FEATURES,
 }

@@ -15,12 +15,13 @@ converter._convert_single_arg = patched
 
 import torch
 from flash_attn4_cute.compiler import compile_kernel
-from flash_attn4_cute.plan import ForwardKey, forward_row
+from flash_attn4_cute.plan import ForwardKey
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.rules import BandRule
+from flash_attn4_cute.tiles import FORWARD_ROWS
 key = ForwardKey(
     variant="sm120a", dtype=torch.float16,
-    cfg=forward_row("sm120a", 64, 64), rule=BandRule(False, True),
+    cfg=FORWARD_ROWS[1], rule=BandRule(False, True),
     q_layout=Layout.VARLEN, kv_layout=Layout.VARLEN,
     has_seqused_q=False, has_seqused_k=True, has_lse=True,
 )

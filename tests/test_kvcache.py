@@ -17,6 +17,12 @@ def test_page_sizes_and_tables(fa4, device, case):
     harness.verify(fa4, case, device)
 
 
+@pytest.mark.parametrize("case", cases.CHUNKS, ids=str)
+def test_many_queries_on_pages_and_splits(fa4, device, case):
+    """Chunked prefill: the kernel for many rows reads pages and splits keys too."""
+    harness.verify(fa4, case, device)
+
+
 def test_pages_shared_between_sequences(fa4, device):
     """Two sequences with a common prefix read the same pages; tables need not ascend."""
     gen = torch.Generator().manual_seed(0)

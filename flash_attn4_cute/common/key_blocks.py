@@ -54,6 +54,18 @@ class KeyBlocks:
         return lo, hi
 
     @cute.jit
+    def share(self, args: ForwardArgs, work: WorkTile, lo: Int32, hi: Int32):
+        """The part of the positions [lo, hi) that belongs to the tile's split of the keys.
+
+        It depends on the sequence's own lengths and on num_splits alone.
+        """
+        if const_expr(args.mWorkspace is not None):
+            per_split = cute.ceil_div(hi - lo, args.num_splits)
+            lo = cutlass.min(lo + work.split * per_split, hi)
+            hi = cutlass.min(lo + per_split, hi)
+        return lo, hi
+
+    @cute.jit
     def at(self, position: Int32) -> Int32:
         """Number of the key block at `position`."""
         if const_expr(self.rule.block_sparse):

@@ -42,6 +42,7 @@ class KvTile:
     chunk: int  # columns of one swizzle atom
     box_n: int  # rows of one TMA box
     whole_boxes: bool = False  # one instruction brings all chunks of a box
+    boxes_unrolled: int = BOXES_UNROLLED
     box_by_box: bool = True  # else all rows of a chunk follow each other, as tcgen05 wants them
     slot_columns: int = 0  # of a slot, if it is wider than the block
 
@@ -249,11 +250,12 @@ class PagedKv:
         """
         tile = self.copies.tile
         places = cute.make_rmem_tensor((-(-tile.num_boxes // WARP_SIZE), 2), Int32)
+        places.fill(0)
         for i in cutlass.range_constexpr(cute.size(places, mode=[0])):
             index = cute.arch.lane_idx() + WARP_SIZE * i
             box = index % tile.num_boxes
             key = (block - index // tile.num_boxes) * tile.block_n + box * tile.box_n
-            places[i, 0], places[i, 1] = self.num_pages, Int32(0)
+            places[i, 0] = self.num_pages
             if key >= 0 and key < self.seqlen:
                 entry = key // self.page_size
                 places[i, 0] = self.mPages[entry]
@@ -268,7 +270,7 @@ class PagedKv:
         for i in cutlass.range_constexpr(cute.size(places, mode=[0])):
             first = WARP_SIZE * i
             last = min(first + WARP_SIZE, tile.num_boxes)
-            for box in cutlass.range(first, last, unroll=BOXES_UNROLLED):
+            for box in cutlass.range(first, last, unroll=tile.boxes_unrolled):
                 lane = box - first + turn * tile.num_boxes
                 page = cute.arch.shuffle_sync(places[i, 0], lane)
                 box_of_page = cute.arch.shuffle_sync(places[i, 1], lane)

@@ -1,6 +1,7 @@
 """Which output tile a CTA computes next."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
@@ -8,11 +9,15 @@ from cutlass import Constexpr, Int32, const_expr
 
 @dataclass(frozen=True)
 class WorkTile:
-    """One tile of queries: block `m_block` of head `head` of sequence `batch`."""
+    """One tile of queries: block `m_block` of head `head` of sequence `batch`.
+
+    `split` is which part of the keys it attends to, None if they are not split.
+    """
 
     m_block: Int32
     head: Int32
     batch: Int32
+    split: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,26 @@ class TileScheduler:
         rest, head = divmod(index, self.num_heads)
         round_of_heads, batch = divmod(rest, self.num_batch)
         return WorkTile(self.num_m_blocks - 1 - round_of_heads, head, batch)
+
+
+@dataclass(frozen=True)
+class SplitScheduler(TileScheduler):
+    """The same order, each tile once for every split of its keys: `num_batch` counts them too."""
+
+    num_splits: cute.FastDivmodDivisorV2
+
+    @staticmethod
+    def over(
+        num_m_blocks: Int32, num_heads: Int32, num_batch: Int32, num_splits: Int32
+    ) -> "SplitScheduler":
+        """As `TileScheduler.of`."""
+        whole = TileScheduler.of(num_m_blocks, num_heads, num_batch * num_splits)
+        splits = cute.fast_divmod_create_divisor_v2(num_splits)
+        return SplitScheduler(whole.num_m_blocks, whole.num_heads, whole.num_batch, splits)
+
+    @cute.jit
+    def tile(self, index: Int32) -> WorkTile:
+        """The tile and split of rank `index` < num_tiles."""
+        whole = TileScheduler.tile(self, index)
+        batch, split = divmod(whole.batch, self.num_splits)
+        return WorkTile(whole.m_block, whole.head, batch, split)

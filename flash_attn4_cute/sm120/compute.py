@@ -243,8 +243,10 @@ class ComputeRole:
             warp_lo, warp_hi = mask.blocks(row, row + cfg.rows_per_warp, cfg.block_n)
             full_lo, full_hi = mask.full_blocks(row, row + cfg.rows_per_warp, cfg.block_n)
             blocks = KeyBlocks.of(self.rule, args, work, seqlen)
-            lo, hi = blocks.limits(lo, hi)
+            lo, hi = blocks.share(args, work, *blocks.limits(lo, hi))
             warp_lo, warp_hi = blocks.limits(cutlass.max(warp_lo, lo), cutlass.min(warp_hi, hi))
+            if const_expr(self.rule.block_sparse and args.mWorkspace is not None):
+                warp_lo, warp_hi = lo, hi
             if row >= seqlen.seqlen_q or warp_lo >= warp_hi:
                 warp_lo, warp_hi = hi, hi
             # With block lists, mask_mod decides in some blocks only, and `blocks` asks it.

@@ -43,27 +43,40 @@ class Epilogue:
         num_rows = seqlen.seqlen_q - row
         lse = cute.make_rmem_tensor(cute.size(softmax.row_max), cutlass.Float32)
         sink = keep_scale = None
-        if const_expr(args.score is not None and args.score.mSink is not None):
+        is_split = args.mWorkspace is not None
+        # Where keys are split, the merge adds the sink.
+        if const_expr(args.score is not None and args.score.mSink is not None and not is_split):
             sink = args.score.mSink[work.head].to(cutlass.Float32)
         if const_expr(args.score is not None and args.score.mDropoutState is not None):
             keep_scale = args.score.keep_scale
         softmax.finish(rows_and_columns(acc_O), lse, sink, keep_scale)
         self._store_lse(args, work, seqlen.offset_q + row, num_rows, lse)
-        if const_expr(cute.rank(args.mO) == 4):
-            mO = args.mO[work.batch, None, work.head, None]
+        mO = self._own(args, args.mO, work)
+        if const_expr(cute.rank(mO) == 4):
+            mO = mO[work.batch, None, work.head, None]
         else:
-            mO = args.mO[None, work.head, None]
-        self._store_rows(mO, seqlen.offset_q + row, num_rows, acc_O)
+            mO = mO[None, work.head, None]
+        if const_expr(is_split):
+            self._store_partial_rows(mO, seqlen.offset_q + row, num_rows, acc_O)
+        else:
+            self._store_rows(mO, seqlen.offset_q + row, num_rows, acc_O)
+
+    def _own(self, args: ForwardArgs, mX: cute.Tensor, work: WorkTile) -> cute.Tensor:
+        """mX of this split of the keys."""
+        if args.mWorkspace is None:
+            return mX
+        return cute.slice_(mX, (work.split, *([None] * (cute.rank(mX) - 1))))
 
     @cute.jit
     def _store_lse(
         self, args: ForwardArgs, work: WorkTile, row: Int32, num_rows: Int32, lse: cute.Tensor
     ):
         if const_expr(args.mLSE is not None):
-            if const_expr(cute.rank(args.mLSE) == 3):
-                mLSE = args.mLSE[work.batch, work.head, None]
+            mLSE = self._own(args, args.mLSE, work)
+            if const_expr(cute.rank(mLSE) == 3):
+                mLSE = mLSE[work.batch, work.head, None]
             else:
-                mLSE = args.mLSE[work.head, None]
+                mLSE = mLSE[work.head, None]
             if self.lane % QUAD == 0:
                 for r in cutlass.range_constexpr(cute.size(lse)):
                     local = self.lane // QUAD + 8 * r
@@ -100,3 +113,18 @@ class Epilogue:
                                 row_words.iterator + n, cute.make_layout(PAIR)
                             )
                             cute.autovec_copy(cute.recast_tensor(source, self.dtype), target)
+
+    @cute.jit
+    def _store_partial_rows(self, mO: cute.Tensor, row: Int32, num_rows: Int32, acc_O: cute.Tensor):
+        """The same in float32, where a quad's columns of an n8 tile are a whole sector."""
+        num_columns = cute.size(mO, mode=[1]) // PAIR
+        for m in cutlass.range_constexpr(cute.size(acc_O, mode=[1])):
+            for half in cutlass.range_constexpr(2):
+                local = self.lane // QUAD + 8 * half + 16 * m
+                if local < num_rows:
+                    gO = mO[row + local, None]
+                    for n in cutlass.range_constexpr(cute.size(acc_O, mode=[2])):
+                        column = self.lane % QUAD + QUAD * n
+                        if column < num_columns:
+                            target = cute.local_tile(gO, (PAIR,), (column,))
+                            cute.autovec_copy(acc_O[(None, half), m, n], target)

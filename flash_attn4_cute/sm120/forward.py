@@ -13,19 +13,24 @@ slot of the ring holds one block of K or of V and is released by eight arrivals,
 it is filled by one arrival and its bytes. Warps fetch their own rows of Q. A CTA may compute
 several tiles one after another: the ring does not notice where one ends, and each warp goes on to
 its next rows when it is done with the present ones.
+
+Keys may come in pages, and be split: then every split of a tile is a tile of its own that leaves
+float32 results, and the combine kernel follows.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, pipeline
+from cutlass import Int32, const_expr, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
-from ..common.scheduler import TileScheduler
+from ..combine import CombineKernel, merge_of, partials
+from ..common.kv import KvTile
+from ..common.scheduler import SplitScheduler, TileScheduler
 from ..common.tma import TmaOperand, rows_first, smem_layout
 from ..tiles import TileConfig
 from .compute import ComputeRole
-from .load import LoadRole
+from .load import LoadRole, PagedLoadRole, PagedOperand
 
 
 class ForwardSm120:
@@ -34,25 +39,40 @@ class ForwardSm120:
     def __init__(self, dtype: type[cutlass.Numeric], cfg: TileConfig, rule, score):
         cfg.check()
         self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
+        self.tile = None  # of keys in pages
+        if cfg.box_n is not None:
+            shape = (cfg.block_n, cfg.head_dim, cfg.swizzle_elements, cfg.box_n)
+            # The load warp has 24 registers, and products take far longer than issuing copies.
+            self.tile = KvTile(dtype, *shape, boxes_unrolled=1)
 
     @cute.jit
     def __call__(self, args: ForwardArgs, stream):
-        cfg = self.cfg
         mK, mV = rows_first(args.mK), rows_first(args.mV)
         num_batch = cute.size(args.mQ, mode=[0])
-        if cutlass.const_expr(args.mCuSeqlensQ is not None):
+        if const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
-        scheduler = TileScheduler.of(
-            Int32(cute.ceil_div(args.max_seqlen_q, cfg.block_m)),
+        sizes = (
+            Int32(cute.ceil_div(args.max_seqlen_q, self.cfg.block_m)),
             Int32(cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2])),
             Int32(num_batch),
         )
-        k_atom, k_tensor = self.tma_load(mK, cfg.block_n)
-        v_atom, v_tensor = self.tma_load(mV, cfg.block_n)
+        k_atom, k_tensor = self.tma_load(mK, self.cfg.block_n)
+        v_atom, v_tensor = self.tma_load(mV, self.cfg.block_n)
         tma = ((k_atom, k_tensor), (v_atom, v_tensor))
+        if const_expr(args.mWorkspace is None):
+            self.launch(args, tma, TileScheduler.of(*sizes), stream)
+        else:
+            mO, mLSE = partials(args)
+            scheduler = SplitScheduler.over(*sizes, args.num_splits)
+            self.launch(args._replace(mO=mO, mLSE=mLSE), tma, scheduler, stream)
+            head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
+            CombineKernel(head_dim_v)(merge_of(args, mO, mLSE), stream)
+
+    @cute.jit
+    def launch(self, args: ForwardArgs, tma, scheduler: TileScheduler, stream):
         self.kernel(args, tma, scheduler).launch(
             grid=[cutlass.min(scheduler.num_tiles(), args.max_ctas), 1, 1],
-            block=[cfg.num_threads, 1, 1],
+            block=[self.cfg.num_threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
@@ -61,16 +81,32 @@ class ForwardSm120:
         """(rows, d, stages) as `ldmatrix` reads it."""
         return smem_layout(rows, self.cfg.head_dim, stages, self.cfg.swizzle_elements)
 
+    def kv_layout(self):
+        """(block_n, d, slots) of the ring, and its swizzle."""
+        if self.tile is not None:
+            return self.tile.layout(self.cfg.kv_stages), self.tile.swizzle
+        whole = self.smem_layout(self.cfg.block_n, self.cfg.kv_stages)
+        return whole.outer, whole.inner
+
     def tma_load(self, mX: cute.Tensor, rows: int):
-        """The copy atom and TMA tensor that load (rows, d) blocks of mX.
+        """The copy atom and TMA tensor that load (rows, d) blocks of mX, or boxes of its pages.
 
         Columns that mX does not have become zero: they add nothing to Q K^T, and those of O are
         not stored.
         """
+        if self.tile is not None:
+            return self.tile.tma_load(mX)
         layout = cute.slice_(self.smem_layout(rows, 1), (None, None, 0))
         return cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileG2SOp(), mX, layout, (rows, self.cfg.head_dim)
         )
+
+    def operand(self, tma, sKV: cute.Tensor):
+        """Where blocks of K or V come from, and where they land."""
+        if self.tile is None:
+            return TmaOperand(tma[0], tma[1], sKV)
+        boxes = cute.make_tensor(sKV.iterator, self.tile.box_layout(self.cfg.kv_stages))
+        return PagedOperand(self.tile, tma[0], tma[1], boxes)
 
     def make_ring(self, barriers: cute.Pointer, stages: int, rows: int):
         """A ring filled by TMA with blocks of `rows` rows and emptied by the compute warps."""
@@ -91,9 +127,9 @@ class ForwardSm120:
         smem = cutlass.memory.SmemAllocator()
         kv_barriers = smem.allocate_array(cutlass.Int64, 2 * cfg.kv_stages)
         q_layout = self.smem_layout(cfg.rows_per_warp, cfg.num_compute_warps)
-        kv_layout = self.smem_layout(cfg.block_n, cfg.kv_stages)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, 1024, swizzle=q_layout.inner)
-        sKV = smem.allocate_tensor(self.dtype, kv_layout.outer, 1024, swizzle=kv_layout.inner)
+        kv_layout, kv_swizzle = self.kv_layout()
+        sKV = smem.allocate_tensor(self.dtype, kv_layout, 1024, swizzle=kv_swizzle)
         kv_producer, kv_consumer = self.make_ring(kv_barriers, cfg.kv_stages, cfg.block_n)
 
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -101,11 +137,12 @@ class ForwardSm120:
             cute.arch.setmaxregister_decrease(cfg.registers.load)
             if warp == cfg.load_warp:
                 heads_per_kv_head = scheduler.num_heads.divisor // cute.size(tma[0][1], mode=[2])
-                LoadRole(
+                role = LoadRole if self.tile is None else PagedLoadRole
+                role(
                     cfg,
                     self.rule,
-                    TmaOperand(tma[0][0], tma[0][1], sKV),
-                    TmaOperand(tma[1][0], tma[1][1], sKV),
+                    self.operand(tma[0], sKV),
+                    self.operand(tma[1], sKV),
                     kv_producer,
                     scheduler,
                     heads_per_kv_head,

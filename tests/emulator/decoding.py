@@ -1,4 +1,4 @@
-"""What the emulator's tests of the decode kernel share."""
+"""What the emulator's tests of decoding, pages and split keys share."""
 
 import torch
 
@@ -26,10 +26,9 @@ def case(**changes) -> Case:
     return Case(**{"head_dim_v": options["head_dim"], **options})
 
 
-def attend(emulator, tensors, options):
-    """(out, lse) of the decode kernel, both and the workspace filled with NaN before."""
+def attend(emulator, tensors, options, kernel="DecodeKey"):
+    """(out, lse) of the decode or forward kernel, both and the workspace filled with NaN before."""
     from flash_attn4_cute import launch
-    from flash_attn4_cute.decode_plan import DecodeKey
     from flash_attn4_cute.plan import make_plan
     from flash_attn4_cute.problem import AttentionProblem
 
@@ -40,7 +39,7 @@ def attend(emulator, tensors, options):
     try:
         with kernels_on(emulator) as forward:
             plan = make_plan(problem)
-            assert isinstance(plan.key, DecodeKey) and plan.num_splits == options.num_splits
+            assert type(plan.key).__name__ == kernel and plan.num_splits == options.num_splits
             forward(problem, tensors)
     finally:
         launch.new_workspace = before

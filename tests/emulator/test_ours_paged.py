@@ -1,4 +1,7 @@
-"""Decoding from pages: any size, any order, garbage wherever nothing may look."""
+"""Keys in pages: any size, any order, garbage wherever nothing may look.
+
+Few query rows take the decode kernel, many (PREFILL) the forward kernel.
+"""
 
 from dataclasses import replace
 
@@ -12,6 +15,8 @@ from .decoding import attend, case
 
 JUNK = 2**31 - 1
 LENGTHS = (300, 0, 65, -1, 1, 128)
+CHUNK_LENGTHS = (150, 0, 65, -1)
+PREFILL = {"heads": 2, "kv_heads": 1, "seqlen_q": 66}
 
 
 def cut_into_pages(sequences, size: int, width: int, interleaved: bool = False):
@@ -56,8 +61,11 @@ def assert_right(question: Case, arch: str, schedules, size: int, interleaved: b
     from flash_attn4_cute.problem import AttentionOptions, AttentionTensors
 
     question = replace(question, right=0)
-    q, sequences = draw(question)
-    width = -(-max(LENGTHS) // size) + 2
+    kernel, lengths = "DecodeKey", LENGTHS
+    if question.seqlen_q > 64:
+        kernel, lengths = "ForwardKey", CHUNK_LENGTHS
+    q, sequences = draw(question, lengths)
+    width = -(-max(lengths) // size) + 2
     pages_k, pages_v, table = cut_into_pages(sequences, size, width, interleaved)
     options = AttentionOptions(
         mask=Band(question.left, 0), num_splits=question.num_splits, return_lse=True
@@ -68,10 +76,10 @@ def assert_right(question: Case, arch: str, schedules, size: int, interleaved: b
             k=pages_k,
             v=pages_v,
             page_table=table,
-            seqused_k=torch.tensor(LENGTHS, dtype=torch.int32),
+            seqused_k=torch.tensor(lengths, dtype=torch.int32),
         )
         with ptx_emulator.session(arch, schedule=schedule, strict=True) as emulator:
-            out, lse = attend(emulator, tensors, options)
+            out, lse = attend(emulator, tensors, options, kernel)
         for b, (k, v) in enumerate(sequences):
             ends = (torch.tensor([0, question.seqlen_q]), torch.tensor([0, len(k)]))
             one = Inputs(
@@ -105,6 +113,33 @@ def test_dims(head_dim, head_dim_v, size):
 def test_vllm_cache():
     """K and V side by side in one cache, heads before tokens."""
     assert_right(case(num_splits=2), "sm_120a", (0, 3), size=16, interleaved=True)
+
+
+@pytest.mark.parametrize(("arch", "schedules"), [("sm_120a", (0, 1, 2)), ("sm_121a", (3, 4))])
+def test_prefill(arch, schedules):
+    """Chunks of 66 tokens over pages of 16 keys, split three ways."""
+    assert_right(case(num_splits=3, **PREFILL), arch, schedules, size=16)
+
+
+@pytest.mark.parametrize("size", [1, 24, 256])
+def test_prefill_page_sizes(size):
+    """Boxes of 1, 24 and 32 rows."""
+    assert_right(case(num_splits=1, **PREFILL), "sm_120a", (4,), size=size)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "size"), [(96, 96, 5), (72, 40, 16), (128, 128, 16), (192, 128, 5)]
+)
+def test_prefill_dims(head_dim, head_dim_v, size):
+    """Rows of 64 bytes and odd boxes; head dimensions that fill no tile."""
+    dims = {"head_dim": head_dim, "head_dim_v": head_dim_v}
+    question = case(num_splits=2, left=90, **dims, **PREFILL)
+    assert_right(question, "sm_121a", (2,), size=size)
+
+
+def test_prefill_vllm_cache():
+    """K and V side by side in one cache, heads before tokens."""
+    assert_right(case(num_splits=2, **PREFILL), "sm_90a", (0, 3), size=16, interleaved=True)
 
 
 def test_shared_pages():
