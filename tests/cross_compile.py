@@ -31,7 +31,10 @@ HEAD_DIMS = {"sm100a": (64, 128, 192, 256), "sm103a": (96, 128)}
 
 
 def keys(variant: str) -> dict[str, ForwardKey]:
-    """Three keys a row: the least a kernel does, the most, and what prefill runs."""
+    """Three keys a row: the least a kernel does, the most, and what prefill runs.
+
+    Of some mma.sync rows also what chunked prefill runs: pages and split keys.
+    """
     least = {
         "dtype": torch.float16, "rule": BandRule(False, False), "layout": Layout.DENSE,
         "used": False, "has_lse": False,
@@ -41,23 +44,28 @@ def keys(variant: str) -> dict[str, ForwardKey]:
         "used": True, "has_lse": True,
     }  # fmt: skip
     prefill = least | {"dtype": torch.bfloat16, "rule": BandRule(False, True), "has_lse": True}
+    chunks = most | {"kv_layout": Layout.PAGED}
     found = {}
     for cfg in (*forward_rows(variant), *PAIR_ROWS.get(variant, ())):
         if cfg.head_dim not in HEAD_DIMS.get(variant, (cfg.head_dim,)):
             continue
-        for name, choice in (("least", least), ("most", most), ("prefill", prefill)):
+        choices = {"least": least, "most": most, "prefill": prefill}
+        if cfg.family == "sm120" and cfg.head_dim in (96, 128, 256):
+            choices["chunks"] = chunks
+        for name, choice in choices.items():
             dims = f"d{cfg.head_dim}" + f"_{cfg.head_dim_v}" * (cfg.head_dim_v != cfg.head_dim)
             dims += "_pair" * (cfg in PAIR_ROWS.get(variant, ()))
             found[f"{variant}_{dims}_{name}"] = ForwardKey(
                 variant=variant,
                 dtype=choice["dtype"],
-                cfg=cfg,
+                cfg=cfg.paged(16) if choice is chunks else cfg,
                 rule=choice["rule"],
                 q_layout=choice["layout"],
-                kv_layout=choice["layout"],
+                kv_layout=choice.get("kv_layout", choice["layout"]),
                 has_seqused_q=choice["used"],
                 has_seqused_k=choice["used"],
                 has_lse=choice["has_lse"],
+                merged_dim=cfg.head_dim_v if choice is chunks else 0,
             )
     return found
 

@@ -138,12 +138,31 @@ def test_block_lists_go_to_a_kernel_that_follows_them(fa4, card, capability, fam
     plan = card(capability)
     chosen = plan.make_plan(gpu_problem(fa4, block_size=(128, 128)))
     assert chosen.key.family == family and "block lists" in chosen.explain()
-    packs = {"pack_gqa": True}
-    for changes in (packs,) if family == "sm100" else (packs, {"num_splits": 2}):
+    pages = {"kv_layout": fa4.flash_attn4_cute.problem.Layout.PAGED, "page_size": 16}
+    refused = {"pack_gqa": {"pack_gqa": True}} | (
+        {"page_table": pages} if family == "sm120" else {}
+    )
+    for name, changes in refused.items():
         problem = gpu_problem(fa4, block_size=(128, 128), **changes)
-        (name,) = changes
         with pytest.raises(NotImplementedError, match=f"block_sparse_tensors=given .*{name}"):
             plan.make_plan(problem)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
+def test_rows_choose_the_kernel_for_pages_and_splits(fa4, card, capability):
+    """Few query rows decode; many take the forward kernel."""
+    plan = card(capability)
+    layout = fa4.flash_attn4_cute.problem.Layout
+    pages = {"kv_layout": layout.PAGED, "page_size": 16, "seqlen_k": 4096, "has_seqused_k": True}
+    for asked in (pages, {"num_splits": 3}, pages | {"num_splits": 3, "dropout_p": 0.1}):
+        few, many = (
+            plan.make_plan(gpu_problem(fa4, seqlen_q=rows, **asked)) for rows in (128, 129)
+        )
+        decodes = "dropout_p" not in asked
+        assert ("decode" in few.explain()) == decodes and "mma.sync forward" in many.explain()
+        assert ("keys in boxes of 16" in many.explain()) == ("page_size" in asked)
+        assert many.key.merged_dim == 64
+        assert many.num_splits >= asked.get("num_splits", 2)  # 4 tiles leave most of 132 SMs idle
 
 
 def test_missing_cutlass(fa4, monkeypatch):

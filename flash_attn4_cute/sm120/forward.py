@@ -43,7 +43,7 @@ class ForwardSm120:
         if cfg.box_n is not None:
             shape = (cfg.block_n, cfg.head_dim, cfg.swizzle_elements, cfg.box_n)
             # The load warp has 24 registers, and products take far longer than issuing copies.
-            self.tile = KvTile(dtype, *shape, boxes_unrolled=1)
+            self.tile = KvTile(dtype, *shape, boxes_unrolled=1, box_by_box=False)
 
     @cute.jit
     def __call__(self, args: ForwardArgs, stream):
@@ -80,13 +80,6 @@ class ForwardSm120:
     def smem_layout(self, rows: int, stages: int) -> cute.ComposedLayout:
         """(rows, d, stages) as `ldmatrix` reads it."""
         return smem_layout(rows, self.cfg.head_dim, stages, self.cfg.swizzle_elements)
-
-    def kv_layout(self):
-        """(block_n, d, slots) of the ring, and its swizzle."""
-        if self.tile is not None:
-            return self.tile.layout(self.cfg.kv_stages), self.tile.swizzle
-        whole = self.smem_layout(self.cfg.block_n, self.cfg.kv_stages)
-        return whole.outer, whole.inner
 
     def tma_load(self, mX: cute.Tensor, rows: int):
         """The copy atom and TMA tensor that load (rows, d) blocks of mX, or boxes of its pages.
@@ -128,8 +121,8 @@ class ForwardSm120:
         kv_barriers = smem.allocate_array(cutlass.Int64, 2 * cfg.kv_stages)
         q_layout = self.smem_layout(cfg.rows_per_warp, cfg.num_compute_warps)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, 1024, swizzle=q_layout.inner)
-        kv_layout, kv_swizzle = self.kv_layout()
-        sKV = smem.allocate_tensor(self.dtype, kv_layout, 1024, swizzle=kv_swizzle)
+        kv_layout = self.smem_layout(cfg.block_n, cfg.kv_stages)
+        sKV = smem.allocate_tensor(self.dtype, kv_layout.outer, 1024, swizzle=kv_layout.inner)
         kv_producer, kv_consumer = self.make_ring(kv_barriers, cfg.kv_stages, cfg.block_n)
 
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
