@@ -44,9 +44,9 @@ test: ## run every test that needs no GPU
 	@$(RUN_TESTS) -m "not gpu" $(PYTEST) $(MAY_BE_EMPTY)
 	@$(RUN_TESTS) tests/emulator $(PYTEST) $(MAY_BE_EMPTY)
 
-test-vllm: ## run the tests of the vLLM plugin, in an environment of their own
+test-vllm: ## run the tests of the plugins for vLLM and SGLang, in an environment of their own
 	@$(PYTHON) scripts/setup_env.py vllm
-	@OMP_NUM_THREADS=1 .cache/vllm-venv/bin/python -m pytest tests/vllm --timeout 900 $(PYTEST)
+	@OMP_NUM_THREADS=1 .cache/vllm-venv/bin/python -m pytest tests/sglang tests/vllm --timeout 900 $(PYTEST)
 
 test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTHON
 	$(PYTHON) -m pytest -m gpu $(PYTEST)

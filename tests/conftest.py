@@ -34,11 +34,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave two directories to runs of their own.
+    """Leave some directories to runs of their own.
 
-    tests/emulator puts an emulated CUDA runtime under CuTe DSL; tests/vllm has its own environment.
+    tests/emulator puts an emulated CUDA runtime under CuTe DSL; the plugins of serving engines are
+    tested in an environment that has these (`make test-vllm`).
     """
-    for name in ("emulator", "vllm"):
+    for name in ("emulator", "vllm", "sglang"):
         asked_for = any(f"tests/{name}" in argument for argument in config.args)
         if collection_path == ROOT / "tests" / name and not asked_for:
             return True
