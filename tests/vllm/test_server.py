@@ -134,3 +134,14 @@ def test_answers_equal_the_stock_backend(kernel, model_directory, tmp_path):
     loaded = f"{REPO_ID}: variant cpu"
     assert loaded in (tmp_path / "ours.log").read_text()
     assert loaded not in (tmp_path / "stock.log").read_text()
+
+
+def test_example(kernel, model_directory):
+    """examples/vllm_generate.py, in a process of its own."""
+    program = [sys.executable, ROOT / "examples" / "vllm_generate.py", "--max-new-tokens", "6"]
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    result = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "The capital of France is Paris" in result.stdout
+    assert result.stdout.rstrip().endswith("vllm: ok")
+    assert f"{REPO_ID}: variant cpu" in result.stdout + result.stderr
