@@ -82,23 +82,26 @@ class PartWeights:
 
 
 class CombineKernel:
-    """The merge of results of head dimension `head_dim`, a CTA a row.
+    """The merge of results of head dimension `head_dim`, a CTA a row, `vector` elements a load.
 
     The parts come from the kernel launched just before on the same stream, which lets this one
     start while it ends (programmatic dependent launch).
     """
 
-    def __init__(self, head_dim: int):
-        assert head_dim % LOAD_ELEMENTS == 0
-        self.head_dim = head_dim
+    def __init__(self, head_dim: int, vector: int = LOAD_ELEMENTS):
+        assert head_dim % vector == 0
+        self.head_dim, self.vector = head_dim, vector
 
     @property
     def vectors_per_lane(self) -> int:
-        return -(-self.head_dim // (LOAD_ELEMENTS * WARP_SIZE))
+        return -(-self.head_dim // (self.vector * WARP_SIZE))
 
     @cute.jit
     def __call__(self, args: CombineArgs, stream):
         mO = args.mO
+        if const_expr(isinstance(args.mOPartial, tuple)):
+            outs, lses = pair(*args.mOPartial, self.vector), pair(*args.mLSEPartial, 1)
+            args = args._replace(mOPartial=outs, mLSEPartial=lses)
         num_batch = Int32(1)
         if const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
@@ -117,7 +120,7 @@ class CombineKernel:
         smem = cutlass.memory.SmemAllocator()
         weights = cute.make_layout((WARPS, MAX_PARTS), stride=(MAX_PARTS, 1))
         sWeights = smem.allocate_tensor(Float32, weights, 16)
-        columns = self.vectors_per_lane * WARP_SIZE * LOAD_ELEMENTS
+        columns = self.vectors_per_lane * WARP_SIZE * self.vector
         totals = cute.make_layout((WARPS, columns), stride=(columns, 1))
         sTotals = smem.allocate_tensor(Float32, totals, 16)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -152,11 +155,11 @@ class CombineKernel:
         if const_expr(args.mSink is not None):
             sink = self.load_logit(args.mSink, head)
         # The first parts are on their way while their weights are worked out.
-        shape = (LOAD_ELEMENTS, BATCH, self.vectors_per_lane)
+        shape = (self.vector, BATCH, self.vectors_per_lane)
         values = cute.make_rmem_tensor(shape, parts_O.element_type)
         self.load_parts(values, parts_O, warp, cute.size(parts_O, mode=[0]) - 1)
         found = PartWeights.of(parts_LSE, sWeights, lane, sink)
-        total = cute.make_rmem_tensor((LOAD_ELEMENTS, self.vectors_per_lane), Float32)
+        total = cute.make_rmem_tensor((self.vector, self.vectors_per_lane), Float32)
         total.fill(0.0)
         for first in cutlass.range(warp, found.end, WARPS * BATCH, unroll=1):
             if first != warp:
@@ -189,12 +192,12 @@ class CombineKernel:
         Parts and columns beyond the last are read as the last: one path, loads issued together.
         """
         lane = cute.arch.lane_idx()
-        last_column = self.head_dim // LOAD_ELEMENTS - 1
+        last_column = self.head_dim // self.vector - 1
         for i in cutlass.range_constexpr(self.vectors_per_lane):
             column = cutlass.min(lane + WARP_SIZE * i, last_column)
             for j in cutlass.range_constexpr(BATCH):
                 part = cutlass.min(first + WARPS * j, last)
-                source = cute.local_tile(parts_O[part, None], (LOAD_ELEMENTS,), (column,))
+                source = cute.local_tile(parts_O[part, None], (self.vector,), (column,))
                 cute.autovec_copy(source, values[None, j, i])
 
     @cute.jit
@@ -206,7 +209,7 @@ class CombineKernel:
             weight = weight if part < found.end else 0.0
             # What a part without keys holds may be NaN.
             for i in cutlass.range_constexpr(self.vectors_per_lane):
-                for c in cutlass.range_constexpr(LOAD_ELEMENTS):
+                for c in cutlass.range_constexpr(self.vector):
                     term = Float32(values[c, j, i]) * weight
                     total[c, i] = total[c, i] + (0.0 if weight == 0.0 else term)
 
@@ -215,18 +218,18 @@ class CombineKernel:
         """Sum the warps' totals of one row in the order of the warps, for the first warp."""
         lane = cute.arch.lane_idx()
         for i in cutlass.range_constexpr(self.vectors_per_lane):
-            place = cute.local_tile(sTotals[warp, None], (LOAD_ELEMENTS,), (lane + WARP_SIZE * i,))
+            place = cute.local_tile(sTotals[warp, None], (self.vector,), (lane + WARP_SIZE * i,))
             cute.autovec_copy(total[None, i], place)
         cute.arch.sync_threads()
         if warp == 0:
             for i in cutlass.range_constexpr(self.vectors_per_lane):
                 for w in cutlass.range_constexpr(1, WARPS):
-                    other = cute.make_rmem_tensor(LOAD_ELEMENTS, Float32)
+                    other = cute.make_rmem_tensor(self.vector, Float32)
                     place = cute.local_tile(
-                        sTotals[w, None], (LOAD_ELEMENTS,), (lane + WARP_SIZE * i,)
+                        sTotals[w, None], (self.vector,), (lane + WARP_SIZE * i,)
                     )
                     cute.autovec_copy(place, other)
-                    for c in cutlass.range_constexpr(LOAD_ELEMENTS):
+                    for c in cutlass.range_constexpr(self.vector):
                         total[c, i] = total[c, i] + other[c]
 
     @cute.jit
@@ -234,11 +237,21 @@ class CombineKernel:
         lane = cute.arch.lane_idx()
         for i in cutlass.range_constexpr(self.vectors_per_lane):
             column = lane + WARP_SIZE * i
-            if column < self.head_dim // LOAD_ELEMENTS:
-                out = cute.make_rmem_tensor(LOAD_ELEMENTS, mO.element_type)
+            if column < self.head_dim // self.vector:
+                out = cute.make_rmem_tensor(self.vector, mO.element_type)
                 out.store(total[None, i].load().to(mO.element_type))
-                target = cute.local_tile(mO, (LOAD_ELEMENTS,), (column,))
+                target = cute.local_tile(mO, (self.vector,), (column,))
                 cute.autovec_copy(out, target)
+
+
+@cute.jit
+def pair(a: cute.Tensor, b: cute.Tensor, vector: int) -> cute.Tensor:
+    """Two tensors of the same layout as one of two parts, as far apart as they lie in memory."""
+    step = (b.iterator.toint() - a.iterator.toint()) // (a.element_type.width // 8)
+    if const_expr(vector > 1):
+        step = cute.assume(step, divby=vector)
+    layout = cute.make_layout((2, *a.shape), stride=(step, *a.stride))
+    return cute.make_tensor(a.iterator, layout)
 
 
 def merge_of(args: Any, mO: cute.Tensor, mLSE: cute.Tensor) -> CombineArgs:

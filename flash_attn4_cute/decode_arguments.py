@@ -48,13 +48,14 @@ class CombineArgs(NamedTuple):
     """Run-time arguments of one merge of partial results.
 
     `mOPartial` (parts, b, sq, h, d) or (parts, total_q, h, d), `mLSEPartial` (parts, b, h, sq) or
-    (parts, h, total_q), float32; `mO` and `mLSE` without the parts. A part whose LSE is not finite
+    (parts, h, total_q), float32; `mO` and `mLSE` without the parts. Two parts may come as a pair of
+    tensors of the same strides. A part whose LSE is not finite
     is not read. `mSink` (h,), a logit without a value, takes part in rows that have keys. With
     `mCuSeqlensQ` or `mSeqUsedQ`, only rows that belong to a sequence are written.
     """
 
-    mOPartial: cute.Tensor
-    mLSEPartial: cute.Tensor
+    mOPartial: cute.Tensor | tuple
+    mLSEPartial: cute.Tensor | tuple
     mO: cute.Tensor
     mLSE: cute.Tensor | None
     mCuSeqlensQ: cute.Tensor | None

@@ -1,9 +1,11 @@
-"""Stand-ins for the arguments of decode launches; see `signature`."""
+"""Stand-ins for the arguments of decode launches and merges; see `signature`."""
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 
-from .decode_arguments import DecodeArgs
+from .combine import CombineKernel
+from .combine_plan import CombineKey
+from .decode_arguments import CombineArgs, DecodeArgs
 from .decode_plan import DecodeKey
 from .problem import Layout
 from .signature import NUMERIC, rows, score_args, values, vectors
@@ -51,3 +53,28 @@ def trace_decode(key: DecodeKey) -> tuple:
         score=score_args(key.score),
     )  # fmt: skip
     return DECODE[key.family](dtype, key.cfg, key.rule, key.score, key.box_n), (args,)
+
+
+def trace_combine(key: CombineKey) -> tuple:
+    """The merge for `key`, and a CombineArgs that stands for its launches'."""
+    heads, length = cute.sym_int(), cute.sym_int()
+    batch = () if key.packed else (cute.sym_int(),)
+    shape, lse_shape = (*batch, length, heads, key.head_dim), (*batch, heads, length)
+
+    def parts(dtype, shape: tuple, vector: int):
+        if key.stacked:
+            return vectors(dtype, (cute.sym_int(), *shape), vector)
+        # The layout of the first is that of both.
+        return vectors(dtype, shape, vector), vectors(dtype, shape, vector)
+
+    args = CombineArgs(
+        mOPartial=parts(NUMERIC[key.dtype], shape, key.vector),
+        mLSEPartial=parts(Float32, lse_shape, 1),
+        mO=vectors(NUMERIC[key.out_dtype], shape, key.vector),
+        mLSE=vectors(Float32, lse_shape, 1),
+        mCuSeqlensQ=None,
+        mSeqUsedQ=None,
+        mSink=None,
+        max_seqlen_q=Int32(0),
+    )
+    return CombineKernel(key.head_dim, key.vector), (args,)

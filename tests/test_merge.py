@@ -105,6 +105,31 @@ def test_order_of_merging_does_not_matter(fa4, device):
         close(lse[0].cpu(), whole.lse)
 
 
+@pytest.mark.gpu
+def test_captured_merges_replay(fa4, device):
+    """One graph of both functions follows its inputs: no launch waits for the device."""
+    pieces, _ = parts([60])
+    outs = torch.stack([o for o, _ in pieces]).to(device, F32)
+    lses = torch.stack([x for _, x in pieces]).to(device, F32)
+
+    def call():
+        two = fa4.merge_attention_states(outs[0], lses[0], outs[1], lses[1])
+        return *fa4.flash_attn_combine(outs, lses), *two
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for step in range(5):
+        outs.normal_()
+        lses.normal_(std=10.0)
+        lses[step % 2, 0] = -math.inf
+        graph.replay()
+        for got, wanted in zip(captured, call(), strict=True):
+            assert torch.equal(got, wanted)
+        assert torch.equal(captured[0], captured[2]) and torch.equal(captured[1], captured[3])
+
+
 def test_cascade_shared_prefix_then_own_keys(fa4, device):
     """What a serving engine does: keys shared by all, then each sequence's own, merged."""
     gen = torch.Generator().manual_seed(1)

@@ -20,13 +20,13 @@ def kernels_on(
 ) -> Iterator[Callable[..., None]]:
     """`launch.forward(problem, tensors)` of a package for CPU tensors, run by `emulator`.
 
-    So is every other launch of the package, such as `append_plan.append`.
+    So is every other launch of the package, such as `append_plan.append` and `combine_plan.merge`.
     """
     modules: tuple[Any, ...] = tuple(
         importlib.import_module(f"{package}.{name}")
-        for name in ("compiler", "launch", "plan", "append_plan", "device")
+        for name in ("compiler", "launch", "plan", "append_plan", "combine_plan", "device")
     )
-    compiler, launch, plan, append_plan, device = modules
+    compiler, launch, plan, append_plan, combine_plan, device = modules
     variant = emulator.card.arch.replace("sm_", "sm")
     capability = next(found for found, name in device.VARIANTS.items() if name == variant)
     card = device.Card(emulator.card.arch, capability, min(NUM_SMS, emulator.card.num_sms))
@@ -36,7 +36,9 @@ def kernels_on(
         function = before[1](key)
         return lambda *args: emulator.call(function, *args)
 
-    plan.supported_card = append_plan.supported_card = lambda device: card
+    planners = plan, append_plan, combine_plan
+    for planner in planners:
+        planner.supported_card = lambda device: card
     compiler.compiled = compiled
     # Compiled in this process: the emulator runs the PTX that compiling leaves behind.
     compiler.disk_cache.folder = lambda: None
@@ -44,7 +46,8 @@ def kernels_on(
     try:
         yield launch.forward
     finally:
-        plan.supported_card = append_plan.supported_card = before[0]
+        for planner in planners:
+            planner.supported_card = before[0]
         compiler.compiled, compiler.disk_cache.folder = before[1:]
         plan.make_plan.cache_clear()
 

@@ -26,14 +26,15 @@ def card(fa4: ModuleType, arch: str, schedule: int = 0) -> Iterator[Any]:
     """While it lasts, `fa4` computes with the kernels for `arch`. Yields the emulator's session."""
 
     execute = importlib.import_module(f"{fa4.__name__}.execute")
-    before = execute._variant
+    before = execute._variant, execute.has_kernels
     session = ptx_emulator.session(arch, schedule=schedule, strict=True)
     with session as emulator, kernels_on(emulator, f"{fa4.__name__}.flash_attn4_cute"):
         execute._variant = lambda problem: execute._cuda()
+        execute.has_kernels = lambda device: True
         try:
             yield emulator
         finally:
-            execute._variant = before
+            execute._variant, execute.has_kernels = before
 
 
 def verify(

@@ -63,6 +63,19 @@ def differentiate(
     return cpu.backward(problem, tensors, *gradients)
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether partial results on `device` are merged by a kernel."""
+    return device.type == "cuda"
+
+
+def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
+    """Merge partial results on a CUDA device; see combine_plan."""
+    from .flash_attn4_cute import combine_plan
+
+    combine_plan.check_merge("out_partial" if len(outs) == 1 else "out_a", outs[0])
+    combine_plan.merge(outs, lses, out, lse)
+
+
 @dataclass(frozen=True, slots=True)
 class _Variant:
     """What carries out a call on one kind of device.

@@ -21,8 +21,8 @@ from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
 from .flash_attn4_cute.problem import AttentionOptions, AttentionTensors, make_mask_rule
-from .merge import combine_parts
 from .request import Result, Window, answer, key_lengths, needs_grad, one_of
+from .states import merged
 
 
 @documented
@@ -362,12 +362,12 @@ def flash_attn_combine(
 
     Raises:
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
+        NotImplementedError: more than 512 columns on a GPU.
     """
     check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
     dtype = out_partial.dtype if out_dtype is None else out_dtype
     check_combined(out, out_partial, dtype)
-    merged, lse = combine_parts(out_partial, lse_partial)
-    return merged.to(dtype) if out is None else out.copy_(merged), lse
+    return merged((out_partial,), (lse_partial,), out, dtype)
 
 
 def merge_attention_states(
@@ -385,9 +385,9 @@ def merge_attention_states(
 
     Raises:
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
+        NotImplementedError: more than 512 columns on a GPU.
     """
     check_partial(out_a, lse_a, ("out_a", "lse_a"), stacked=False)
     check_partial(out_b, lse_b, ("out_b", "lse_b"), stacked=False)
     check_same_rows(out_a, out_b)
-    out, lse = combine_parts(torch.stack((out_a, out_b)), torch.stack((lse_a, lse_b)))
-    return out.to(out_a.dtype), lse
+    return merged((out_a, out_b), (lse_a, lse_b), None, out_a.dtype)

@@ -4,9 +4,11 @@
     backward          (dout, dlse, out, lse, q, k, v, ...) -> (dq, dk, dv, dsink)
     forward_out       writes out and lse that the caller gave
     with_kvcache      writes k_cache, v_cache, out and lse
+    merge             writes the merge of partial results to out and lse
 
-All take the same trailing arguments, `_CALL`, in which AttentionTensors and AttentionOptions travel
-flat. Callables travel as handles into a weak table: an operator's schema has no type for them.
+All but the last take the same trailing arguments, `_CALL`, in which AttentionTensors and
+AttentionOptions travel flat. Callables travel as handles into a weak table: an operator's schema
+has no type for them.
 """
 
 from __future__ import annotations
@@ -279,4 +281,19 @@ def with_kvcache(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
 
 @with_kvcache.register_fake
 def _(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
+    return None
+
+
+@_define(
+    "merge",
+    "(Tensor(a!) out, Tensor(b!) lse, Tensor[] outs, Tensor[] lses) -> ()",
+    ("out", "lse"),
+)
+def merge(out: Tensor, lse: Tensor, outs: list[Tensor], lses: list[Tensor]) -> None:
+    """Partial results into given tensors, by the kernel of their device."""
+    execute.merge(tuple(outs), tuple(lses), out, lse)
+
+
+@merge.register_fake
+def _(out: Tensor, lse: Tensor, outs: list[Tensor], lses: list[Tensor]) -> None:
     return None

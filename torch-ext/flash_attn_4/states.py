@@ -1,0 +1,36 @@
+"""Merging what users have of partial results: by one launch of a kernel, or by PyTorch operations.
+
+The kernel is the one that merges split keys. PyTorch operations take over on the CPU, and where
+gradients are recorded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import execute, ops
+from .merge import combine_parts
+from .request import needs_grad
+
+Parts = tuple[Tensor, ...]
+
+
+def merged(
+    outs: Parts, lses: Parts, out: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(out in `dtype`, lse) of one stack of parts, or of two parts."""
+    stacked = len(outs) == 1
+    if not execute.has_kernels(outs[0].device) or needs_grad(*outs, *lses):
+        both = (x[0] if stacked else torch.stack(x) for x in (outs, lses))
+        total, lse = combine_parts(*both)
+        return total.to(dtype) if out is None else out.copy_(total), lse
+    first, first_lse = (x[0][0] if stacked else x[0] for x in (outs, lses))
+    if out is None:
+        out = first.new_empty(first.shape, dtype=dtype)
+    lse = first_lse.new_empty(first_lse.shape)
+    if torch.compiler.is_compiling() or type(outs[0]) not in (Tensor, torch.nn.Parameter):
+        ops.merge(out, lse, list(outs), list(lses))
+    else:
+        execute.merge(outs, lses, out, lse)
+    return out, lse
