@@ -3,7 +3,7 @@
 Named tuples for the reason given in `arguments`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -54,8 +54,8 @@ class CombineArgs(NamedTuple):
     `mCuSeqlensQ` or `mSeqUsedQ`, only rows that belong to a sequence are written.
     """
 
-    mOPartial: cute.Tensor | tuple
-    mLSEPartial: cute.Tensor | tuple
+    mOPartial: Any
+    mLSEPartial: Any
     mO: cute.Tensor
     mLSE: cute.Tensor | None
     mCuSeqlensQ: cute.Tensor | None
