@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import compiler
+from .arguments import AppendArgs
 from .cache_update import CacheUpdate
 from .checks import FP8
 from .device import supported_card
@@ -37,6 +38,11 @@ class AppendKey:
     fp8: bool = False
     has_k_descale: bool = False
     has_v_descale: bool = False
+
+    @property
+    def family(self) -> str:
+        """The kernels' architecture family: one source serves every card."""
+        return "sm120"
 
     def check(self) -> None:
         """Assert what the kernel takes for granted."""
@@ -84,9 +90,6 @@ def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -
     cache_seqlens. Everything happens on the device's current stream, without waiting for it.
     """
     key = append_key(update, tensors)
-    compiler.load_cutlass()
-    from .arguments import AppendArgs
-
     q, k, table = tensors.q, tensors.k, tensors.page_table
     rotates = update.rotary_cos is not None
     rotated = q.new_empty(q.shape) if rotates else None

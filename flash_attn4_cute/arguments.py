@@ -4,10 +4,11 @@ Named tuples rather than dataclasses: quack-kernels, which vLLM, SGLang and upst
 replaces a function of CuTe DSL by one that cannot take a dataclass across the host boundary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+# Fields hold CuTe DSL's values while a kernel is traced, PyTorch's tensors and Python's numbers at
+# a launch. Names only: importing CuTe DSL takes seconds, and launching does without it.
+Tensor = Float32 = Int32 = Uint32 = Any
 
 
 class ScoreArgs(NamedTuple):
@@ -20,9 +21,9 @@ class ScoreArgs(NamedTuple):
 
     scale: Float32
     softcap: Float32
-    mAlibi: cute.Tensor | None
-    mSink: cute.Tensor | None
-    mDropoutState: cute.Tensor | None
+    mAlibi: Tensor | None
+    mSink: Tensor | None
+    mDropoutState: Tensor | None
     dropout_threshold: Uint32
     keep_scale: Float32
     aux_tensors: tuple | None
@@ -35,9 +36,9 @@ class BlockArgs(NamedTuple):
     blocks of `rows` queries and `keys` keys.
     """
 
-    mCount: cute.Tensor
-    mList: cute.Tensor
-    mKinds: cute.Tensor
+    mCount: Tensor
+    mList: Tensor
+    mKinds: Tensor
     rows: Int32
     keys: Int32
 
@@ -55,19 +56,19 @@ class ForwardArgs(NamedTuple):
     bounds the grid: fewer CTAs than tiles compute several each.
     """
 
-    mQ: cute.Tensor
-    mK: cute.Tensor
-    mV: cute.Tensor
-    mO: cute.Tensor
-    mLSE: cute.Tensor | None
-    mCuSeqlensQ: cute.Tensor | None
-    mCuSeqlensK: cute.Tensor | None
-    mSeqUsedQ: cute.Tensor | None
-    mSeqUsedK: cute.Tensor | None
-    mKvRow: cute.Tensor | None
-    mLeftPad: cute.Tensor | None
-    mPageTable: cute.Tensor | None
-    mWorkspace: cute.Tensor | None
+    mQ: Tensor
+    mK: Tensor
+    mV: Tensor
+    mO: Tensor
+    mLSE: Tensor | None
+    mCuSeqlensQ: Tensor | None
+    mCuSeqlensK: Tensor | None
+    mSeqUsedQ: Tensor | None
+    mSeqUsedK: Tensor | None
+    mKvRow: Tensor | None
+    mLeftPad: Tensor | None
+    mPageTable: Tensor | None
+    mWorkspace: Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32
@@ -89,21 +90,21 @@ class AppendArgs(NamedTuple):
     cache_seqlens + `query_step` * i. `capacity` is the number of tokens a sequence can hold.
     """
 
-    mKNew: cute.Tensor
-    mVNew: cute.Tensor
-    mK: cute.Tensor
-    mV: cute.Tensor
-    mQ: cute.Tensor | None
-    mQRotated: cute.Tensor | None
-    mCos: cute.Tensor | None
-    mSin: cute.Tensor | None
-    mKDescale: cute.Tensor | None
-    mVDescale: cute.Tensor | None
-    mCacheSeqlens: cute.Tensor
-    mSeqUsed: cute.Tensor
-    mCuSeqlensNew: cute.Tensor | None
-    mCuSeqlensQ: cute.Tensor | None
-    mPageTable: cute.Tensor | None
-    mBatchIdx: cute.Tensor | None
+    mKNew: Tensor
+    mVNew: Tensor
+    mK: Tensor
+    mV: Tensor
+    mQ: Tensor | None
+    mQRotated: Tensor | None
+    mCos: Tensor | None
+    mSin: Tensor | None
+    mKDescale: Tensor | None
+    mVDescale: Tensor | None
+    mCacheSeqlens: Tensor
+    mSeqUsed: Tensor
+    mCuSeqlensNew: Tensor | None
+    mCuSeqlensQ: Tensor | None
+    mPageTable: Tensor | None
+    mBatchIdx: Tensor | None
     query_step: Int32
     capacity: Int32

@@ -1,22 +1,32 @@
-"""KernelKey -> compiled callable -> launch: what all kernels have in common on the host."""
+"""KernelKey -> kernel: from the package, from the disk cache, or compiled now."""
 
+import dataclasses
 import functools
+import logging
 import os
 import threading
 from typing import Any, Protocol
 
-from . import disk_cache
+from . import disk_cache, packaged
+from .device import TARGETS
+from .launcher.kernel import Kernel
+
+logger = logging.getLogger("flash_attn_4")
 
 
 class KernelKey(Protocol):
     """Everything that one compiled kernel depends on; hashable.
 
-    Each kernel has a key class of its own. `trace` returns the kernel, and stand-ins for the
-    arguments that its launches take; only it imports cutlass.
+    Each kernel has a key class of its own. `family` names the kernels' architecture family.
+    `trace` returns the kernel, and stand-ins for the arguments that its launches take; only it
+    imports cutlass.
     """
 
     @property
     def variant(self) -> str: ...
+
+    @property
+    def family(self) -> str: ...
 
     def trace(self) -> tuple[Any, tuple]: ...
 
@@ -25,8 +35,13 @@ _lock = threading.Lock()
 
 
 def gpu_arch(variant: str) -> str:
-    """The compiler's name of a variant: sm120a -> sm_120a."""
+    """The compiler's name of a variant or target: sm120a -> sm_120a."""
     return variant.replace("sm", "sm_")
+
+
+def with_target(key: Any) -> Any:
+    """`key` with the target that its machine code is compiled for in place of the variant."""
+    return dataclasses.replace(key, variant=TARGETS[key.variant, key.family])
 
 
 def load_cutlass():
@@ -35,53 +50,68 @@ def load_cutlass():
         import cutlass
     except ImportError as error:
         raise ImportError(
-            "flash-attn-4 compiles its GPU kernels with the package nvidia-cutlass-dsl, which is "
-            "not installed. Install it with: pip install nvidia-cutlass-dsl apache-tvm-ffi"
+            "flash-attn-4 compiles this GPU kernel, which is not among the precompiled ones, with "
+            "the package nvidia-cutlass-dsl, which is not installed. Install it with: "
+            "pip install nvidia-cutlass-dsl"
         ) from error
     return cutlass
 
 
 @functools.cache
-def compiled(key: KernelKey):
-    """The kernel for `key`: of this process, from the disk, or compiled now, in that order.
+def compiled(key: KernelKey) -> Kernel:
+    """The kernel for `key`: of the package, from the disk, or compiled now, in that order.
 
     Raises:
-        ImportError: nvidia-cutlass-dsl is not installed.
+        ImportError: the kernel has to be compiled and nvidia-cutlass-dsl is not installed.
         RuntimeError: the kernel has to be compiled and FLASH_ATTN_4_JIT=0 forbids it.
     """
-    load_cutlass()
+    key = with_target(key)
     with _lock:
-        found = disk_cache.load(key)
+        found = packaged.load(key) or disk_cache.load(key)
         if found is None:
             _check_jit(key)
+            load_cutlass()
+            place = disk_cache.folder() or "this process only"
+            logger.warning("no precompiled kernel, compiling it now, to keep in %s: %s", place, key)
             found = compile_kernel(key)
             disk_cache.store(key, found)
         return found
 
 
+def origin(key: KernelKey) -> str:
+    """Where the code of `key` comes from in a new process, for people."""
+    key = with_target(key)
+    if packaged.holds(key):
+        return f"precompiled for {key.variant}, read from the package at the first call"
+    return disk_cache.describe(key)
+
+
 def _check_jit(key: KernelKey) -> None:
     if os.environ.get("FLASH_ATTN_4_JIT", "1") == "0":
         raise RuntimeError(
-            f"FLASH_ATTN_4_JIT=0 forbids compiling, and {disk_cache.folder() or 'no cache'} does "
-            f"not hold {key}. Run the call once with FLASH_ATTN_4_JIT=1 to fill the cache, or "
-            f"unset FLASH_ATTN_4_JIT"
+            f"FLASH_ATTN_4_JIT=0 forbids compiling, and neither the package nor "
+            f"{disk_cache.folder() or 'a cache'} holds {key}. Run the call once with "
+            f"FLASH_ATTN_4_JIT=1 to fill the cache, or unset FLASH_ATTN_4_JIT"
         )
 
 
-def compile_kernel(key: KernelKey):
+def compile_kernel(key: KernelKey) -> Kernel:
     """Compile the kernel for `key`; needs no GPU.
 
-    Returns a callable that takes what `key.trace()` has stand-ins for, launches on PyTorch's
-    current stream, and has `__ptx__` and `__cubin__` if CuTe DSL was told to keep them
-    (CUTE_DSL_KEEP=ptx,cubin).
+    The kernel has its PTX as `ptx` if CuTe DSL was told to keep it (CUTE_DSL_KEEP=ptx).
     """
     load_cutlass()
     import cutlass.cute as cute
 
-    kernel, arguments = key.trace()
-    return cute.compile(
-        kernel,
+    from .launcher.translate import translate
+
+    function, arguments = key.trace()
+    made = cute.compile(
+        function,
         *arguments,
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
-        options=f"--enable-tvm-ffi --gpu-arch {gpu_arch(key.variant)}",
+        cute.runtime.make_fake_stream(),
+        options=f"--gpu-arch {gpu_arch(key.variant)}",
     )
+    kernel = Kernel(*translate(str(made.ir_module), arguments))
+    kernel.ptx = getattr(made, "__ptx__", None)
+    return kernel

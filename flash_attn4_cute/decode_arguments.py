@@ -5,10 +5,7 @@ Named tuples for the reason given in `arguments`.
 
 from typing import Any, NamedTuple
 
-import cutlass.cute as cute
-from cutlass import Float32, Int32
-
-from .arguments import ScoreArgs
+from .arguments import Float32, Int32, ScoreArgs, Tensor
 
 
 class DecodeArgs(NamedTuple):
@@ -21,21 +18,21 @@ class DecodeArgs(NamedTuple):
     are their factors. The others are ForwardArgs'.
     """
 
-    mQ: cute.Tensor
-    mK: cute.Tensor
-    mV: cute.Tensor
-    mO: cute.Tensor
-    mLSE: cute.Tensor | None
-    mWorkspace: cute.Tensor | None
-    mCuSeqlensQ: cute.Tensor | None
-    mCuSeqlensK: cute.Tensor | None
-    mSeqUsedQ: cute.Tensor | None
-    mSeqUsedK: cute.Tensor | None
-    mPageTable: cute.Tensor | None
-    mKvRow: cute.Tensor | None
-    mLeftPad: cute.Tensor | None
-    mKDescale: cute.Tensor | None
-    mVDescale: cute.Tensor | None
+    mQ: Tensor
+    mK: Tensor
+    mV: Tensor
+    mO: Tensor
+    mLSE: Tensor | None
+    mWorkspace: Tensor | None
+    mCuSeqlensQ: Tensor | None
+    mCuSeqlensK: Tensor | None
+    mSeqUsedQ: Tensor | None
+    mSeqUsedK: Tensor | None
+    mPageTable: Tensor | None
+    mKvRow: Tensor | None
+    mLeftPad: Tensor | None
+    mKDescale: Tensor | None
+    mVDescale: Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32
@@ -56,9 +53,9 @@ class CombineArgs(NamedTuple):
 
     mOPartial: Any
     mLSEPartial: Any
-    mO: cute.Tensor
-    mLSE: cute.Tensor | None
-    mCuSeqlensQ: cute.Tensor | None
-    mSeqUsedQ: cute.Tensor | None
-    mSink: cute.Tensor | None
+    mO: Tensor
+    mLSE: Tensor | None
+    mCuSeqlensQ: Tensor | None
+    mSeqUsedQ: Tensor | None
+    mSink: Tensor | None
     max_seqlen_q: Int32

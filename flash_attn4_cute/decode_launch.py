@@ -1,6 +1,7 @@
 """Launches the decode kernel on the tensors of one call."""
 
 from . import compiler
+from .decode_arguments import DecodeArgs
 from .decode_plan import DecodeKey
 from .launch import SMALLEST_SCALE, canonical, score_args, workspace
 from .plan import Plan
@@ -10,8 +11,6 @@ from .rules import PLAIN
 
 def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
     """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names."""
-    from .decode_arguments import DecodeArgs
-
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
     k, v = tensors.k, tensors.v

@@ -21,6 +21,17 @@ FAMILIES = {
     "sm120a": "sm120",
     "sm121a": "sm120",
 }
+# What machine code of a variant is compiled for, by the kernels' family. Code for a family of cards
+# ("f") runs on all of them, and is the code for one card ("a") but for two bytes of its header.
+TARGETS = {
+    ("sm90a", "sm120"): "sm90a",
+    ("sm100a", "sm100"): "sm100f",
+    ("sm100a", "sm120"): "sm100f",
+    ("sm103a", "sm100"): "sm103f",
+    ("sm103a", "sm120"): "sm100f",
+    ("sm120a", "sm120"): "sm120f",
+    ("sm121a", "sm120"): "sm120f",
+}
 INSTRUCTIONS = {"sm120": "mma.sync", "sm100": "tcgen05"}  # of each family's kernels
 SUPPORTED = (
     "9.0 (H100, H200), 10.0 (B200), 10.3 (B300), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10)"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import compiler
+from .arguments import BlockArgs, ForwardArgs, ScoreArgs
 from .block_sparse import BlockSparse, tile_lists
 from .decode_plan import DecodeKey
 from .plan import ForwardKey, Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
-
-if TYPE_CHECKING:
-    from .arguments import BlockArgs, ScoreArgs
 
 # A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
 SMALLEST_SCALE = 1e-30
@@ -43,7 +40,6 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     assert out is not None, "the interface allocates the output"
     if out.numel() == 0:
         return
-    compiler.load_cutlass()
     if problem.misfits:
         tensors = _copied(problem, tensors)
     if isinstance(plan.key, DecodeKey):
@@ -57,8 +53,6 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
 
 
 def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
-    from .arguments import ForwardArgs
-
     key, out = plan.key, tensors.out
     assert isinstance(key, ForwardKey) and out is not None
     args = ForwardArgs(
@@ -103,8 +97,6 @@ def workspace(problem: AttentionProblem, out: Tensor, num_splits: int) -> Tensor
 
 def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArgs:
     """The numbers of the steps of a call's scores."""
-    from .arguments import ScoreArgs
-
     slopes, aux = tensors.alibi_slopes, tensors.aux_tensors
     return ScoreArgs(
         problem.softmax_scale,
@@ -119,8 +111,6 @@ def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArg
 
 
 def _block_args(problem: AttentionProblem, blocks: BlockSparse, key: ForwardKey) -> BlockArgs:
-    from .arguments import BlockArgs
-
     cfg = key.cfg
     lengths = (problem.seqlen_q, problem.seqlen_k)
     rows, keys = blocks.block_size

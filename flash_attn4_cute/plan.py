@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import disk_cache
+from . import compiler
 from .checks import FP8
 from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
 from .device import INSTRUCTIONS, supported_card
@@ -105,7 +105,7 @@ class Plan:
             f"mask: {'band, ' + bounds if bounds else 'full'}{mod}\n"
             f"splits: {self.num_splits}\n"
             f"{copies}"
-            f"code: {disk_cache.describe(key)}"
+            f"code: {compiler.origin(key)}"
         )
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .check.global_memory import GlobalWatch
 from .counters import Role, roles
 from .findings import Findings
@@ -45,15 +47,27 @@ class Session:
     def __post_init__(self) -> None:
         self._watch = GlobalWatch(self.allocations, self.findings)
 
+    def allow(self, value: Any) -> None:
+        """Allow kernels to touch the memory of each CPU tensor in `value`, also in tuples."""
+        if isinstance(value, torch.Tensor):
+            self.allocations.add_tensor(value)
+        elif isinstance(value, tuple):
+            for member in value:
+                self.allow(member)
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a compiled CuTe DSL function with CPU tensors (also in tuples and dataclasses).
 
         Raises:
             EmulationError: the kernel did what the machine does not allow; see findings.py.
         """
+        return self.run(function, *wrap(args, self.allocations))
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what launches through the stand-in of CUDA's driver, with arguments as they are."""
         self.host.error = None
         try:
-            result = function(*wrap(args, self.allocations))
+            result = function(*args)
         except Exception:
             self._raise_error()
             raise

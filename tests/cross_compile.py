@@ -119,8 +119,8 @@ def main(variant: str, directory: Path, kernels: str = "forward") -> None:
     wanted = {"forward": keys, "decode": decode_keys, "append": append_keys}[kernels](variant)
     for name, key in wanted.items():
         kernel = compile_kernel(key)
-        (directory / f"{name}.ptx").write_text(kernel.__ptx__)
-        (directory / f"{name}.cubin").write_bytes(kernel.__cubin__)
+        (directory / f"{name}.ptx").write_text(kernel.ptx)
+        (directory / f"{name}.cubin").write_bytes(kernel.image)
     (directory / "keys.json").write_text(json.dumps(sorted(wanted)))
 
 

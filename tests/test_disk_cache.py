@@ -1,27 +1,22 @@
 """Kernels that an earlier process compiled: found again, never believed without proof."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flash_attn4_cute import compiler, disk_cache
+from flash_attn4_cute import compiler, disk_cache, packaged
+from flash_attn4_cute.launcher import entry
+from flash_attn4_cute.launcher.kernel import Kernel
+from flash_attn4_cute.launcher.program import Program
 from flash_attn4_cute.rules import BandRule
 
 from .conftest import ROOT
 from .cross_compile import keys
 
-
-class Exported:
-    """What `store` needs of a compiled kernel."""
-
-    def __init__(self, code: bytes = b"machine code"):
-        self.code = code
-
-    def export_to_c(self, path: str, name: str) -> None:
-        Path(path).write_bytes(self.code)
+NOTHING = Program((), (), (), (), (), ())
+KERNEL = Kernel(b"machine code", NOTHING)
 
 
 @pytest.fixture
@@ -30,80 +25,77 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "kernels"
 
 
-@pytest.fixture
-def loaded(monkeypatch) -> list[str]:
-    """Objects that were handed to CuTe DSL, which takes any of them."""
-    runtime = pytest.importorskip("cutlass.cute.runtime", reason="needs nvidia-cutlass-dsl")
-    paths: list[str] = []
-
-    def load_module(path: str, enable_tvm_ffi: bool):
-        paths.append(path)
-        return type("Module", (), {disk_cache.FUNCTION: "the kernel"})
-
-    monkeypatch.setattr(runtime, "load_module", load_module)
-    return paths
-
-
 KEY = BandRule(True, False)  # any value with fields can be a key
 
 
-def test_written_and_found(folder, loaded):
+def test_written_and_found(folder):
     assert disk_cache.load(KEY) is None
-    disk_cache.store(KEY, Exported())
-    assert disk_cache.load(KEY) == "the kernel"
+    disk_cache.store(KEY, KERNEL)
+    found = disk_cache.load(KEY)
+    assert (found.image, found.program) == (b"machine code", NOTHING)
     assert disk_cache.load(BandRule(True, True)) is None
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".o"]
+    assert [path.suffix for path in folder.iterdir()] == [".kernel"]
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda entry: entry.with_suffix(".o").write_bytes(b"machine c"),
-        lambda entry: entry.with_suffix(".o").write_bytes(b""),
-        lambda entry: entry.with_suffix(".o").write_bytes(b"machine cod!"),
-        lambda entry: entry.with_suffix(".o").unlink(),
-        lambda entry: entry.with_suffix(".json").write_text(""),
-        lambda entry: entry.with_suffix(".json").write_text(
-            json.dumps(json.loads(entry.with_suffix(".json").read_text()) | {"key": "sm_100a's"})
-        ),
-    ],
-    ids=["truncated", "empty", "altered", "missing", "empty-voucher", "of-another-card"],
-)
-def test_spoilt_entries_are_made_again(folder, loaded, caplog, spoil):
-    disk_cache.store(KEY, Exported())
-    (entry,) = folder.glob("*.json")
-    spoil(entry.with_suffix(""))
+def of_another_card(path: Path) -> None:
+    path.write_bytes(entry.pack(BandRule(True, True), KERNEL))
+
+
+def altered(path: Path) -> None:
+    other = entry.pack(KEY, Kernel(b"machine c0de", NOTHING))
+    header, code = path.read_bytes().split(b"\n", 1)[0], other.split(b"\n", 1)[1]
+    path.write_bytes(header + b"\n" + code)
+
+
+SPOILT = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-8]), "no whole kernel file"),
+    "cut-in-the-header": (lambda path: path.write_bytes(path.read_bytes()[:40]), "no whole"),
+    "empty": (lambda path: path.write_bytes(b""), "no whole kernel file"),
+    "altered": (altered, "not the one that was written"),
+    "of-another-card": (of_another_card, "has_right=True"),
+    "object-of-an-earlier-release": (lambda path: path.write_bytes(b"\x7fELF\0"), "no whole"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_spoilt_entries_are_made_again(folder, caplog, what):
+    spoil, why = SPOILT[what]
+    disk_cache.store(KEY, KERNEL)
+    (path,) = folder.iterdir()
+    spoil(path)
     assert disk_cache.load(KEY) is None
-    assert not loaded, "it was not even tried"
-    assert "is made again" in caplog.text
+    assert "is made again" in caplog.text and why in caplog.text and path.name in caplog.text
     assert not list(folder.iterdir())
-    disk_cache.store(KEY, Exported())
-    assert disk_cache.load(KEY) == "the kernel"
+    disk_cache.store(KEY, KERNEL)
+    assert disk_cache.load(KEY).image == KERNEL.image
 
 
-def test_an_object_that_does_not_load_is_made_again(folder, monkeypatch, caplog):
-    runtime = pytest.importorskip("cutlass.cute.runtime", reason="needs nvidia-cutlass-dsl")
-
-    def refuse(path: str, enable_tvm_ffi: bool):
-        raise RuntimeError("not an object")
-
-    monkeypatch.setattr(runtime, "load_module", refuse)
-    disk_cache.store(KEY, Exported())
-    assert disk_cache.load(KEY) is None
-    assert "not an object" in caplog.text
+@pytest.mark.parametrize("what", SPOILT)
+def test_spoilt_files_of_the_package_are_named_and_not_run(tmp_path, monkeypatch, caplog, what):
+    spoil, why = SPOILT[what]
+    monkeypatch.setattr(packaged, "folder", lambda: tmp_path)
+    key = keys("sm90a")["sm90a_d64_least"]
+    assert packaged.load(key) is None and not caplog.text
+    path = packaged.path_of(key)
+    entry.write(path, entry.pack(key, KERNEL))
+    assert packaged.holds(key) and packaged.load(key).image == KERNEL.image
+    path.write_bytes(entry.pack(KEY, KERNEL))
+    spoil(path)
+    assert packaged.load(key) is None
+    assert str(path) in caplog.text
 
 
 def test_users_functions_have_no_entry(folder):
     """Their text is an address: another process would find a stranger's function."""
     key = BandRule(False, False, mask_mod=lambda *place: True)
-    disk_cache.store(key, Exported())
+    disk_cache.store(key, KERNEL)
     assert not folder.exists()
     assert "kept for the process" in disk_cache.describe(key)
 
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("FLASH_ATTN_4_CACHE", "0")
-    disk_cache.store(KEY, Exported())
+    disk_cache.store(KEY, KERNEL)
     assert disk_cache.folder() is None
     assert disk_cache.load(KEY) is None
 
@@ -119,21 +111,8 @@ def test_default_folder(monkeypatch, tmp_path):
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLASH_ATTN_4_CACHE", str(tmp_path / "file" / "kernels"))
-    disk_cache.store(KEY, Exported())
+    disk_cache.store(KEY, KERNEL)
     assert "cannot write" in caplog.text
-
-
-def test_a_kernel_that_cannot_be_exported(folder, caplog):
-    """The call that compiled it goes on, and nothing is left behind."""
-
-    class Stubborn:
-        def export_to_c(self, path: str, name: str) -> None:
-            Path(path).write_bytes(b"half")
-            raise RuntimeError("no object for you")
-
-    disk_cache.store(KEY, Stubborn())
-    assert "no object for you" in caplog.text
-    assert not list(folder.iterdir())
 
 
 def test_jit_forbidden(folder, monkeypatch):
@@ -148,7 +127,7 @@ def test_jit_forbidden(folder, monkeypatch):
 
 def test_explained(folder):
     assert f"then kept in {folder}" in disk_cache.describe(KEY)
-    disk_cache.store(KEY, Exported())
+    disk_cache.store(KEY, KERNEL)
     assert f"read from {folder}" in disk_cache.describe(KEY)
 
 
@@ -160,17 +139,17 @@ print(callable(compiler.compiled(keys("sm120a")["sm120a_d64_least"])))
 
 
 def test_processes_share_what_one_compiled(folder, monkeypatch):
-    """Three at once on an empty cache; then one that may not compile."""
+    """Eight at once on an empty cache; then one that may not compile."""
     pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
     command = [sys.executable, "-c", PROCESS]
     pipe = subprocess.PIPE
     crowd = [
-        subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(3)
+        subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(8)
     ]
     for process in crowd:
         out, err = process.communicate(timeout=600)
         assert out.strip() == "True", err[-2000:]
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".o"]
+    assert [path.suffix for path in folder.iterdir()] == [".kernel"]
     monkeypatch.setenv("FLASH_ATTN_4_JIT", "0")
     late = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert late.stdout.strip() == "True", late.stderr[-2000:]

@@ -24,18 +24,34 @@ def kernels_on(
     """
     modules: tuple[Any, ...] = tuple(
         importlib.import_module(f"{package}.{name}")
-        for name in ("compiler", "launch", "plan", "append_plan", "combine_plan", "device")
+        for name in (
+            "compiler",
+            "launch",
+            "plan",
+            "append_plan",
+            "combine_plan",
+            "device",
+            "launcher.driver",
+        )
     )
-    compiler, launch, plan, append_plan, combine_plan, device = modules
+    compiler, launch, plan, append_plan, combine_plan, device, driver = modules
+    emulated = _driver(driver, emulator)
     variant = emulator.card.arch.replace("sm_", "sm")
     capability = next(found for found, name in device.VARIANTS.items() if name == variant)
     card = device.Card(emulator.card.arch, capability, min(NUM_SMS, emulator.card.num_sms))
     before = device.supported_card, compiler.compiled, compiler.disk_cache.folder
+    cuda_driver = driver.cuda_driver
 
     def compiled(key: Any) -> Callable[..., Any]:
         function = before[1](key)
-        return lambda *args: emulator.call(function, *args)
 
+        def run(arguments: tuple) -> None:
+            emulator.allow(arguments)
+            emulator.run(function, arguments)
+
+        return run
+
+    driver.cuda_driver = lambda: emulated
     planners = plan, append_plan, combine_plan
     for planner in planners:
         planner.supported_card = lambda device: card
@@ -49,7 +65,21 @@ def kernels_on(
         for planner in planners:
             planner.supported_card = before[0]
         compiler.compiled, compiler.disk_cache.folder = before[1:]
+        driver.cuda_driver = cuda_driver
         plan.make_plan.cache_clear()
+
+
+def _driver(module: Any, emulator: Session) -> Any:
+    """A Driver of the package that launches on `emulator`."""
+
+    class Emulated(module.Driver):  # type: ignore[name-defined]
+        def stream(self, device: int) -> int:
+            return 0
+
+        def current_device(self) -> int:
+            return 0
+
+    return Emulated(emulator.host.library)
 
 
 def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:

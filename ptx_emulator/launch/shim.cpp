@@ -256,6 +256,42 @@ EXPORT int _cudaLaunchKernel(void *kernel, unsigned gx, unsigned gy, unsigned gz
   return launch(&config, kernel, args);
 }
 
+// ---- the driver's calls, for launchers that come without the DSL ----
+struct DriverConfig {
+  uint32_t grid[3], block[3], dynamic_smem;
+  void *stream;
+  LaunchAttr *attrs;
+  unsigned num_attrs;
+};
+static_assert(sizeof(DriverConfig) == 56, "CUlaunchConfig");
+
+EXPORT int cuInit(unsigned) { return 0; }
+EXPORT int cuLibraryLoadData(void **library, const void *code, void *a, void **b, unsigned c,
+                             void *d, void **e, unsigned f) {
+  return _cudaLibraryLoadData(library, code, a, b, c, d, e, f);
+}
+EXPORT int cuLibraryUnload(void *) { return 0; }
+EXPORT int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
+  _cudaLibraryGetKernel(kernel, library, name);
+  return ((Kernel *)*kernel)->param_sizes.empty() ? 500 : 0;
+}
+EXPORT int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
+  return _cuKernelGetAttribute(value, attribute, kernel, device);
+}
+EXPORT int cuKernelSetAttribute(int, int, void *, int) { return 0; }
+EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  return _cudaDeviceGetAttribute(value, attribute, device);
+}
+EXPORT int cuThreadExchangeStreamCaptureMode(int *) { return 0; }
+EXPORT int cuGetErrorName(int, const char **name) { *name = "an emulated error"; return 0; }
+EXPORT int cuLaunchKernelEx(const DriverConfig *config, void *kernel, void **args, void **) {
+  LaunchConfig same{{}, {}, config->dynamic_smem, config->stream, config->attrs,
+                    config->num_attrs};
+  memcpy(same.grid, config->grid, 12);
+  memcpy(same.block, config->block, 12);
+  return launch(&same, kernel, args);
+}
+
 // ---- helpers of the DSL's runtime library ----
 EXPORT int cuda_dialect_init_library_once(void **library, int (*init)(void **),
                                           int (*load_to_device)(void **, int),

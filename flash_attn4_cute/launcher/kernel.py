@@ -1,0 +1,188 @@
+"""A loaded kernel: its machine code on the card, and calls that are ready to be repeated.
+
+    arguments --Program--> ReadyCall: parameters, grid, launch attributes in one block of memory
+    ReadyCall + addresses + stream --> cuLaunchKernelEx
+
+All that a launch passes but addresses is decided by shapes, strides and scalars. So a call is
+worked out once for these, and repeated by writing addresses over those of the first one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from . import driver as drivers
+from .driver import NO_CONTEXT, Driver
+from .program import POINTER, Launch, Program, evaluate
+
+_ALIGN = 128  # of parameters, for descriptors among them
+_PARAM = struct.Struct("<Q")
+# CUlaunchConfig: grid, block, shared memory, (padding), stream, attributes, their number.
+_CONFIG = struct.Struct("<7I4xQQI4x")
+_STREAM_AT = 32
+_ATTRIBUTE = struct.Struct("<I4xI60x")
+_MAX_READY = 4096
+
+
+class ReadyCall:
+    """The launches of one call, to be repeated with other addresses."""
+
+    def __init__(self, kernel: Kernel, driver: Driver, device: int, inputs: list[int]):
+        self.driver, self.device = driver, device
+        self.lock = threading.Lock()
+        program = kernel.program
+        slots = evaluate(program, kernel.functions, inputs)
+        layout = _Layout(program)
+        self.memory = ctypes.create_string_buffer(layout.size + _ALIGN)
+        self.base = -(-ctypes.addressof(self.memory) // _ALIGN) * _ALIGN
+        start = self.base - ctypes.addressof(self.memory)
+        self.bytes = memoryview(self.memory).cast("B")[start : start + layout.size]
+        self.words = self.bytes.cast("Q")
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        followed = dict(program.follows)
+        pointers = kernel.pointer_numbers
+        patches: list[tuple[int, int, int]] = []
+        for launch, places in zip(program.launches, layout.launches, strict=True):
+            for place, (_, fields) in zip(places.params, launch.params, strict=True):
+                for field in fields:
+                    value = slots[field.slot]
+                    at = place + field.offset
+                    self.bytes[at : at + field.size] = value.to_bytes(field.size, "little")
+                    source = followed.get(field.slot)
+                    if source is not None:
+                        patches.append((at // 8, pointers[source], value - inputs[source]))
+            self._write_launch(launch, places, slots)
+            patches.append(((places.config + _STREAM_AT) // 8, len(pointers), 0))
+            handle = ctypes.c_void_p(kernel.handle(launch.kernel, device))
+            address = [ctypes.c_void_p(self.base + at) for at in (places.config, places.table)]
+            self.calls.append((address[0], handle, address[1], ctypes.c_void_p()))
+        self.patches = tuple(patches)
+        # A grid without CTAs is nothing to do, and an error for the driver.
+        self.empty = [not all(slots[x] for x in launch.grid) for launch in program.launches]
+        if any(self.empty):
+            self.calls = [c for c, none in zip(self.calls, self.empty, strict=True) if not none]
+
+    def _write_launch(self, launch: Launch, places: _Places, slots: list[int]) -> None:
+        for i, at in enumerate(places.params):
+            _PARAM.pack_into(self.bytes, places.table + 8 * i, self.base + at)
+        for i, attribute in enumerate(launch.attributes):
+            _ATTRIBUTE.pack_into(self.bytes, places.attributes + _ATTRIBUTE.size * i, *attribute)
+        sizes = [slots[x] for x in (*launch.grid, *launch.block)]
+        attributes = self.base + places.attributes, len(launch.attributes)
+        _CONFIG.pack_into(self.bytes, places.config, *sizes, launch.shared_memory, 0, *attributes)
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        """Launch with these addresses, one for each tensor, and the stream as the last."""
+        driver, words = self.driver, self.words
+        launch = driver.launch
+        with self.lock:
+            for at, source, distance in self.patches:
+                words[at] = addresses[source] + distance
+            for call in self.calls:
+                error = launch(*call)
+                if error:
+                    self._recover(error, call)
+
+    def _recover(self, error: int, call: tuple) -> None:
+        """A thread that PyTorch has not used yet has no context."""
+        if error in NO_CONTEXT:
+            self.driver.attach(self.device)
+            error = self.driver.launch(*call)
+        self.driver.check(error, "cuLaunchKernelEx")
+
+
+class _Places:
+    """Where the parts of one launch lie in the memory of a call."""
+
+    def __init__(self, launch: Launch, at: int):
+        self.params = []
+        for size, _ in launch.params:
+            self.params.append(at)
+            at += -(-size // _ALIGN) * _ALIGN
+        self.table = at
+        self.attributes = at + 8 * len(launch.params)
+        self.config = self.attributes + _ATTRIBUTE.size * len(launch.attributes)
+        self.end = -(-(self.config + _CONFIG.size) // _ALIGN) * _ALIGN
+
+
+class _Layout:
+    """Where the launches of a program lie in the memory of a call."""
+
+    def __init__(self, program: Program):
+        self.launches: list[_Places] = []
+        self.size = 0
+        for launch in program.launches:
+            self.launches.append(_Places(launch, self.size))
+            self.size = self.launches[-1].end
+
+
+class Kernel:
+    """Machine code with a program of its launches. Called like what CuTe DSL compiles."""
+
+    ptx: str | None = None  # what the machine code was made of, where it was compiled
+
+    def __init__(self, image: bytes, program: Program):
+        self.image, self.program = image, program
+        self.functions = program.functions()
+        pointers = [i for i, found in enumerate(program.inputs) if found.kind == POINTER]
+        self.pointer_numbers = {source: n for n, source in enumerate(pointers)}
+        self.pointer_inputs = [program.inputs[i] for i in pointers]
+        self._lock = threading.Lock()
+        self._loaded: tuple[Driver, int] | None = None
+        self._handles: dict[tuple[str, int], int] = {}
+        self._ready: dict[tuple, ReadyCall] = {}
+
+    def __call__(self, arguments: Any) -> None:
+        """Launch on PyTorch's current stream of the tensors' device."""
+        ready = self.ready((arguments,))
+        addresses = [found.read((arguments,)) for found in self.pointer_inputs]
+        driver = ready.driver
+        addresses.append(driver.stream(ready.device))
+        if driver.current_device() == ready.device:
+            ready(addresses)
+        else:
+            with driver.on(ready.device):
+                ready(addresses)
+
+    def ready(self, arguments: tuple) -> ReadyCall:
+        """The call with these arguments, worked out at the first one of its kind."""
+        inputs = [found.read(arguments) for found in self.program.inputs]
+        driver = drivers.cuda_driver()
+        device = self._device(arguments)
+        fixed = tuple(
+            0 if found.kind == POINTER else value
+            for found, value in zip(self.program.inputs, inputs, strict=True)
+        )
+        key = (id(driver), device, fixed)
+        ready = self._ready.get(key)
+        if ready is None:
+            if len(self._ready) >= _MAX_READY:
+                self._ready.clear()
+            ready = self._ready[key] = ReadyCall(self, driver, device, inputs)
+        return ready
+
+    def _device(self, arguments: tuple) -> int:
+        found: Any = arguments
+        for index in self.pointer_inputs[0].path:
+            found = found[index]
+        return found.device.index or 0
+
+    def handle(self, name: str, device: int) -> int:
+        """The driver's handle of a kernel, loaded and made ready for `device`."""
+        driver = drivers.cuda_driver()
+        with self._lock:
+            if self._loaded is None or self._loaded[0] is not driver:
+                self._loaded = driver, driver.load(self.image)
+                self._handles.clear()
+            handle = self._handles.get((name, device))
+            if handle is None:
+                handle = driver.kernel(self._loaded[1], name)
+                for attribute in self.program.attributes:
+                    if attribute.kernel == name:
+                        driver.set_attribute(handle, attribute.number, attribute.value, device)
+                self._handles[name, device] = handle
+        return handle
