@@ -21,9 +21,9 @@ help: ## list the targets
 setup: ## create .venv with all that developing needs
 	@$(PYTHON) scripts/setup_env.py dev
 
-build: ## assemble build/torch-cuda and build/torch-cpu, as get_kernel loads them
-	@$(PYTHON) scripts/setup_env.py demo
-	@$(VENV)/python -m flash_attn4_cute.build
+build: ## compile the shipped kernels and assemble build/torch-cuda and build/torch-cpu
+	@$(PYTHON) scripts/setup_env.py build
+	@OMP_NUM_THREADS=1 $(VENV)/python -m flash_attn4_cute.build --variants all
 
 publish: ## say what would be published as REPO=org/flash-attn-4; ARGS=--execute publishes it
 	@$(PYTHON) scripts/setup_env.py demo

@@ -5,7 +5,7 @@ once per problem. What the kernels cannot do is refused here, before anything is
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from . import compiler
 from .checks import FP8
 from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
-from .device import INSTRUCTIONS, supported_card
+from .device import INSTRUCTIONS, Card, supported_card
 from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
 from .rules import PLAIN, BandRule, ScoreRule
@@ -66,11 +66,15 @@ class ForwardKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer: a kernel, and the scalars that the problem fixes."""
+    """The answer: a kernel, and the scalars that the problem fixes.
+
+    `band` tells which bounds the mask has; a bound that it does not have lies beyond all keys.
+    """
 
     key: ForwardKey | DecodeKey
     window_left: int
     window_right: int
+    band: tuple[bool, bool] = (False, False)
     max_ctas: int = UNBOUNDED
     misfits: tuple[tuple[str, str], ...] = ()
     num_splits: int = 1
@@ -92,8 +96,8 @@ class Plan:
         bounds = " and ".join(
             f"{name} {value}"
             for name, value, has in (
-                ("left", self.window_left, key.rule.has_left),
-                ("right", self.window_right, key.rule.has_right),
+                ("left", self.window_left, self.band[0]),
+                ("right", self.window_right, self.band[1]),
             )
             if has
         )
@@ -116,7 +120,11 @@ def make_plan(problem: AttentionProblem) -> Plan:
     Raises:
         NotImplementedError: the card or a feature that the GPU kernels do not have.
     """
-    card = supported_card(problem.device)
+    return plan_on(problem, supported_card(problem.device))
+
+
+def plan_on(problem: AttentionProblem, card: Card) -> Plan:
+    """The plan of a problem on `card`; see make_plan."""
     assert card.variant is not None, "supported_card has refused the others"
     cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v, problem.page_size)
     for refusal in _refusals(problem, cfg is not None and cfg.is_general):
@@ -128,13 +136,16 @@ def make_plan(problem: AttentionProblem) -> Plan:
     # key numbers stay far from 2^31.
     longest = problem.seqlen_q + problem.seqlen_k
     shared: dict[str, Any] = {
-        "window_left": min(left or 0, longest),
-        "window_right": min(right or 0, longest),
+        "window_left": longest if left is None else min(left, longest),
+        "window_right": longest if right is None else min(right, longest),
+        "band": (left is not None, right is not None),
         "misfits": problem.misfits,
     }
     rule = BandRule.of(problem)
     if decodes(problem, cfg.is_general):
-        decode_key, num_splits = decode_plan(problem, rule, card)
+        # Bounds beyond all keys cost nothing where blocks are read once: one kernel for all bands.
+        both = replace(rule, has_left=True, has_right=True)
+        decode_key, num_splits = decode_plan(problem, both, card)
         return Plan(key=decode_key, num_splits=num_splits, **shared)
     if isinstance(cfg, sm100_tiles.TileConfig):
         cfg = fitted(in_pairs(cfg, card.variant, problem), problem)

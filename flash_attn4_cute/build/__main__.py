@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import time
 from pathlib import Path
 
 from .assemble import assemble, stage
@@ -13,18 +16,58 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def main() -> None:
     """Assemble every variant, or with --stage only the tree that kernel-builder builds from."""
+    parser = _parser()
+    arguments = parser.parse_args()
+
+    recipe = Recipe.read(arguments.root)
+    precompiled = None
+    if arguments.variants:
+        precompiled = _precompile(arguments, parser)
+    if arguments.stage is not None:
+        stage(recipe, arguments.stage, precompiled)
+        return
+    output = arguments.output or arguments.root / "build"
+    for variant in assemble(recipe, output, precompiled):
+        size = f"{variant.num_bytes / 1e6:.1f} MB"
+        print(f"{variant.path}: {variant.id}, {variant.num_files} files, {size}, digest valid")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m flash_attn4_cute.build", description=__doc__)
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="the repository")
     parser.add_argument("--output", type=Path, help="where the variants go (default: ROOT/build)")
     parser.add_argument("--stage", type=Path, help="lay out kernel-builder's source tree here")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--variants",
+        metavar="TARGETS",
+        help="precompile the shipped kernels: all, or some of their targets, as in sm90a,sm120f; "
+        "without it the package has none",
+    )
+    parser.add_argument("--only", metavar="TEXT", help="of these, keys that contain TEXT")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    return parser
 
-    recipe = Recipe.read(arguments.root)
-    if arguments.stage is not None:
-        stage(recipe, arguments.stage)
-        return
-    for variant in assemble(recipe, arguments.output or arguments.root / "build"):
-        print(f"{variant.path}: {variant.id}, {variant.num_files} files, digest valid")
+
+def _precompile(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+    """Compile what is asked for and lay it out; the folder."""
+    from .shipped import all_keys
+    from .variants import compile_all, write_variants
+
+    keys = all_keys()
+    targets = sorted({key.variant for key in keys})
+    wanted = targets if arguments.variants == "all" else arguments.variants.split(",")
+    if not set(wanted) <= set(targets):
+        parser.error(f"--variants={arguments.variants}: the targets are {', '.join(targets)}")
+    keys = [key for key in keys if key.variant in wanted and (arguments.only or "") in repr(key)]
+    cache = arguments.root / ".cache" / "variants"
+    start = time.monotonic()
+    compiled = compile_all(keys, cache, arguments.jobs)
+    seconds = time.monotonic() - start
+    print(f"{len(keys)} kernels for {', '.join(wanted)}, {compiled} compiled in {seconds:.0f} s")
+    destination = arguments.root / ".cache" / "package-variants"
+    shutil.rmtree(destination, ignore_errors=True)
+    write_variants(keys, cache, destination)
+    return destination
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .recipe import Recipe
 from .templates import COMPATIBILITY, OPS
 
 # What kernel-builder reads beside torch-ext/ (CARD.md is a template, benchmarks/ are published).
+VARIANTS = "variants"  # folder of the precompiled kernels
 STAGED = ("build.toml", "CARD.md", "LICENSE", "benchmarks")
 
 
@@ -23,20 +24,26 @@ class Variant:
     path: Path
     id: str
     num_files: int
+    num_bytes: int
 
 
-def assemble(recipe: Recipe, output: Path) -> list[Variant]:
+def assemble(recipe: Recipe, output: Path, precompiled: Path | None = None) -> list[Variant]:
     """Write `output`/torch-<backend>/ for every backend of `recipe` and return them.
+
+    `precompiled` is a folder of kernels, which the cuda backend gets as variants/.
 
     A directory that is already there is replaced as a whole, once its successor is complete and its
     digest validates. Raises ValueError if build.toml is not one that `kernels` accepts.
     """
     _validate_build_toml(recipe)
     unique_id = source_id(recipe)
-    return [_assemble_variant(recipe, output, backend, unique_id) for backend in recipe.backends]
+    return [
+        _assemble_variant(recipe, output, unique_id, Part(backend, precompiled))
+        for backend in recipe.backends
+    ]
 
 
-def stage(recipe: Recipe, destination: Path) -> None:
+def stage(recipe: Recipe, destination: Path, precompiled: Path | None = None) -> None:
     """Lay out the source tree that kernel-builder expects, for the flake to build.
 
     kernel-builder's noarch build ships only torch-ext/<name>/, so the kernels are moved into it.
@@ -48,14 +55,31 @@ def stage(recipe: Recipe, destination: Path) -> None:
             shutil.copytree(source, destination / name, ignore=ignore)
         elif source.is_file():
             _copy(source, destination / name)
-    _copy_package(recipe, destination / "torch-ext" / recipe.python_name)
+    package = destination / "torch-ext" / recipe.python_name
+    _copy_package(recipe, package)
+    Part("cuda", precompiled).copy_kernels(package)
 
 
-def _assemble_variant(recipe: Recipe, output: Path, backend: str, unique_id: str) -> Variant:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one backend gets besides the sources."""
+
+    backend: str
+    precompiled: Path | None
+
+    def copy_kernels(self, package: Path) -> None:
+        """Copy the precompiled kernels, which only the cuda backend has a use for."""
+        if self.precompiled is not None and self.backend == "cuda":
+            shutil.copytree(self.precompiled, package / VARIANTS)
+
+
+def _assemble_variant(recipe: Recipe, output: Path, unique_id: str, part: Part) -> Variant:
+    backend = part.backend
     variant = output / f"torch-{backend}"
     fresh = output / f".torch-{backend}.partial"
     shutil.rmtree(fresh, ignore_errors=True)
     _copy_package(recipe, fresh)
+    part.copy_kernels(fresh)
     names = {"name": recipe.python_name, "unique_id": unique_id}
     _write(fresh / "_ops.py", OPS.format(**names))
     _write(fresh / recipe.python_name / "__init__.py", COMPATIBILITY.format(**names))
@@ -64,7 +88,8 @@ def _assemble_variant(recipe: Recipe, output: Path, backend: str, unique_id: str
     num_files = _write_metadata(fresh, _metadata(recipe, backend, kernel_id))
     shutil.rmtree(variant, ignore_errors=True)
     fresh.rename(variant)
-    return Variant(variant, kernel_id, num_files)
+    num_bytes = sum(path.stat().st_size for path in variant.rglob("*") if path.is_file())
+    return Variant(variant, kernel_id, num_files, num_bytes)
 
 
 def _metadata(recipe: Recipe, backend: str, kernel_id: str) -> dict[str, Any]:

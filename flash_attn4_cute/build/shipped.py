@@ -1,0 +1,218 @@
+"""Which kernels are precompiled: those that answer what transformers and serving engines ask.
+
+The rows below are calls, not kernels: the plan says which kernel answers each, on each card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..append_plan import AppendKey
+from ..compiler import with_target
+from ..device import VARIANTS, Card
+from ..mask_rule import FULL, Band
+from ..plan import plan_on
+from ..problem import AttentionProblem, Layout
+
+BF16, FP16 = torch.bfloat16, torch.float16
+DENSE, VARLEN, PAGED = Layout.DENSE, Layout.VARLEN, Layout.PAGED
+CAUSAL, WINDOW = Band(None, 0), Band(127, 0)
+NUM_SMS = 132  # of no importance: splits are asked for by number
+HEADS, HEADS_KV = 32, 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """Calls of one kind: every combination of what is listed.
+
+    `dims` are (head_dim, head_dim_v), `layouts` (of queries, of keys, tokens a page or None).
+    `queries` are tokens of the longest sequence; `fixed` are further fields of AttentionProblem.
+    """
+
+    what: str
+    dims: tuple[tuple[int, int], ...]
+    masks: tuple[Any, ...]
+    layouts: tuple[tuple[Layout, Layout, int | None], ...]
+    dtypes: tuple[torch.dtype, ...] = (BF16,)
+    queries: tuple[int, ...] = (4096,)
+    splits: tuple[int, ...] = (1,)
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+    def problems(self) -> Iterator[AttentionProblem]:
+        """The calls as the planner sees them."""
+        choices = (self.dims, self.masks, self.layouts, self.dtypes, self.queries, self.splits)
+        for dims, mask, layout, dtype, queries, splits in product(*choices):
+            used = layout[1] is PAGED
+            yield AttentionProblem(
+                **_COMMON
+                | {
+                    "head_dim": dims[0],
+                    "head_dim_v": dims[1],
+                    "softmax_scale": dims[0] ** -0.5,
+                    "mask": mask,
+                    "q_layout": layout[0],
+                    "kv_layout": layout[1],
+                    "page_size": layout[2],
+                    "dtype": dtype,
+                    "seqlen_q": queries,
+                    "num_splits": splits,
+                    "has_seqused_k": used,
+                }
+                | dict(self.fixed)
+            )
+
+
+_COMMON: dict[str, Any] = {
+    "device": torch.device("cuda", 0),
+    "batch": 2,
+    "seqlen_k": 4096,
+    "num_heads": HEADS,
+    "num_heads_kv": HEADS_KV,
+    "softcap": 0.0,
+    "has_seqused_q": False,
+    "has_kv_batch_idx": False,
+    "has_sink": False,
+    "has_alibi": False,
+    "score_mod": None,
+    "dropout_p": 0.0,
+    "deterministic": False,
+    "pack_gqa": None,
+    "return_lse": False,
+    "requires_grad": False,
+}
+PACKED = ((DENSE, DENSE, None), (VARLEN, VARLEN, None))
+FEW, SPLIT = (1, 8), (1, 8)  # 4 and 32 packed rows: both row tiles of the decode kernel
+SINK = (("has_sink", True), ("sink_dtype", BF16))
+SHIPPED: tuple[Calls, ...] = (
+    Calls(
+        what="prefill, dense and packed: no mask, causal, sliding window",
+        dims=((64, 64), (96, 96), (128, 128), (256, 256)),
+        masks=(FULL, CAUSAL, WINDOW),
+        layouts=PACKED,
+    ),
+    Calls(
+        what="prefill of latent attention, with and without LSE",
+        dims=((192, 128),),
+        masks=(FULL, CAUSAL),
+        layouts=PACKED,
+    ),
+    Calls(
+        what="prefill of latent attention, with and without LSE",
+        dims=((192, 128),),
+        masks=(FULL, CAUSAL),
+        layouts=((VARLEN, VARLEN, None),),
+        fixed=(("return_lse", True),),
+    ),
+    Calls(
+        what="prefill with LSE",
+        dims=((64, 64), (128, 128)),
+        masks=(FULL, CAUSAL),
+        layouts=PACKED,
+        fixed=(("return_lse", True),),
+    ),
+    Calls(
+        what="prefill with sinks (gpt-oss)",
+        dims=((64, 64),),
+        masks=(CAUSAL, WINDOW),
+        layouts=PACKED,
+        fixed=SINK,
+    ),
+    Calls(
+        what="prefill with softcap (Gemma 2)",
+        dims=((128, 128), (256, 256)),
+        masks=(CAUSAL, WINDOW),
+        layouts=PACKED,
+        fixed=(("softcap", 50.0),),
+    ),
+    Calls(
+        what="prefill, dense and packed: no mask, causal",
+        dims=((64, 64), (128, 128)),
+        masks=(FULL, CAUSAL),
+        layouts=PACKED,
+        dtypes=(FP16,),
+    ),
+    Calls(
+        what="decoding and short prompts, dense and packed",
+        dims=((64, 64), (128, 128), (256, 256)),
+        masks=(CAUSAL,),
+        layouts=PACKED,
+        queries=FEW,
+        splits=SPLIT,
+    ),
+    Calls(
+        what="decoding from a dense cache",
+        dims=((64, 64), (128, 128), (256, 256)),
+        masks=(CAUSAL,),
+        layouts=((DENSE, DENSE, None),),
+        queries=FEW,
+        splits=SPLIT,
+        fixed=(("has_seqused_k", True),),
+    ),
+    Calls(
+        what="decoding and chunked prefill from pages of 16, or of 64 and more",
+        dims=((64, 64), (128, 128), (256, 256)),
+        masks=(CAUSAL,),
+        layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64), (DENSE, PAGED, 64)),
+        queries=FEW,
+        splits=SPLIT,
+    ),
+    Calls(
+        what="decoding from pages with sinks (gpt-oss)",
+        dims=((64, 64),),
+        masks=(CAUSAL,),
+        layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
+        queries=FEW,
+        splits=SPLIT,
+        fixed=SINK,
+    ),
+    Calls(
+        what="decoding, dense and from pages of 16",
+        dims=((128, 128),),
+        masks=(CAUSAL,),
+        layouts=((DENSE, DENSE, None), (VARLEN, PAGED, 16)),
+        dtypes=(FP16,),
+        queries=FEW,
+        splits=SPLIT,
+    ),
+)
+
+
+def append_keys(variant: str) -> Iterator[AppendKey]:
+    """Appending to dense and paged caches, without rotary tables and with those of Llama."""
+    for dim, rotates, paged in product((64, 128, 256), (False, True), (False, True)):
+        yield AppendKey(
+            variant=variant,
+            dtype=BF16,
+            head_dim=dim,
+            head_dim_v=dim,
+            rotary_dim=dim if rotates else 0,
+            interleaved=False,
+            vector=8,
+            packed_new=False,
+            packed_q=False,
+            paged=paged,
+            has_batch_idx=False,
+        )
+
+
+def shipped_keys(variant: str) -> list[Any]:
+    """The keys of the kernels that `variant` is shipped with, in a fixed order, each once."""
+    capability = next(found for found, name in VARIANTS.items() if name == variant)
+    card = Card(variant, capability, NUM_SMS)
+    found: dict[Any, None] = {}
+    for calls in SHIPPED:
+        for problem in calls.problems():
+            found[with_target(plan_on(problem, card).key)] = None
+    for key in append_keys(variant):
+        found[with_target(key)] = None
+    return list(found)
+
+
+def all_keys() -> list[Any]:
+    """The keys of all variants: what they share is one key."""
+    return list(dict.fromkeys(key for name in VARIANTS.values() for key in shipped_keys(name)))
