@@ -1,5 +1,7 @@
 """Launches the decode kernel on the tensors of one call."""
 
+from typing import Any
+
 from . import compiler
 from .decode_arguments import DecodeArgs
 from .decode_plan import DecodeKey
@@ -9,8 +11,11 @@ from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
 
 
-def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
-    """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names."""
+def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple[Any, Any]:
+    """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names.
+
+    Returns the kernel and its arguments.
+    """
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
     k, v = tensors.k, tensors.v
@@ -39,4 +44,6 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
         plan.num_splits,
         None if key.score == PLAIN else score_args(problem, tensors),
     )
-    compiler.compiled(key)(args)
+    kernel = compiler.compiled(key)
+    kernel(args)
+    return kernel, args

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ def check(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     return make_plan(problem)
 
 
-def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
+def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Any, Any] | None:
     """Write `tensors.out` and, if present, `tensors.lse`, on the current stream of the device.
+
+    Returns the kernel and the arguments that it was called with, if one was.
 
     Raises:
         NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
@@ -39,20 +42,21 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     out = tensors.out
     assert out is not None, "the interface allocates the output"
     if out.numel() == 0:
-        return
+        return None
     if problem.misfits:
         tensors = _copied(problem, tensors)
     if isinstance(plan.key, DecodeKey):
         from .decode_launch import decode
 
-        decode(problem, tensors, plan)
+        launched = decode(problem, tensors, plan)
     else:
-        _prefill(problem, tensors, plan)
+        launched = _prefill(problem, tensors, plan)
     if tensors.out is not None and tensors.out is not out:
         out.copy_(tensors.out)
+    return launched
 
 
-def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> None:
+def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple[Any, Any]:
     key, out = plan.key, tensors.out
     assert isinstance(key, ForwardKey) and out is not None
     args = ForwardArgs(
@@ -78,7 +82,9 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         None if key.score == PLAIN else score_args(problem, tensors),
         None if tensors.blocks is None else _block_args(problem, tensors.blocks, key),
     )
-    compiler.compiled(key)(args)
+    kernel = compiler.compiled(key)
+    kernel(args)
+    return kernel, args
 
 
 def new_workspace(size: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -108,6 +109,10 @@ class AttentionOptions:
     return_lse: bool = False
     requires_grad: bool = False
 
+    def __hash__(self) -> int:
+        # Of the fields that tell calls apart in practice: every call looks its options up.
+        return hash((self.softmax_scale, self.max_seqlen_q, self.max_seqlen_k, self.num_splits))
+
     def __post_init__(self) -> None:
         # Almost every call passes plain numbers: the common path is these comparisons.
         if type(self.softcap) is not float or (
@@ -195,7 +200,7 @@ class AttentionProblem:
             ValueError: shapes, devices or numbers that contradict each other or the rules above.
             NotImplementedError: a combination that is well-defined but not provided.
         """
-        signature = _signature(tensors, options)
+        signature = signature_of(tensors, options)
         problem = _known.get(signature)
         if problem is None:
             problem = cls._checked(tensors, options)
@@ -278,7 +283,7 @@ _known: dict[tuple | None, AttentionProblem] = {}
 _MAX_KNOWN = 4096
 
 
-def _signature(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
+def signature_of(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
     """All that the checks of a call depend on, or None if it should be checked each time.
 
     Calls with callables would keep these alive, and calls that autograd records or whose arguments
@@ -289,33 +294,46 @@ def _signature(t: AttentionTensors, options: AttentionOptions) -> tuple | None:
         or options.score_mod is not None
         or t.aux_tensors is not None
         or t.blocks is not None
-        or isinstance(options.mask, Custom)
+        or type(options.mask) is Custom
     ):
         return None
-    q, k, v = t.q, t.k, t.v
-    optional = (
-        t.out,
-        t.lse,
-        t.cu_seqlens_q,
-        t.cu_seqlens_k,
-        t.seqused_q,
-        t.seqused_k,
-        t.page_table,
-        t.kv_batch_idx,
-        t.cache_leftpad,
-        t.k_descale,
-        t.v_descale,
-        t.sink,
-        t.alibi_slopes,
-    )
+    q, k, v, out = t.q, t.k, t.v, t.out
     try:
-        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, t.out)]
-        together = (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15
-        address_bits = together and tuple(address & 15 for address in addresses)
-        metadata = [None if x is None else _metadata(x) for x in optional]
-        return (_metadata(q), _metadata(k), _metadata(v), address_bits, options, *metadata)
+        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+        if out is not None:
+            addresses |= out.data_ptr()
+        if addresses & 15:
+            addresses = tuple(0 if x is None else x.data_ptr() & 15 for x in (q, k, v, out))
+        else:
+            addresses = 0
+        metadata = [None if x is None else _metadata(x) for x in _optional(t)]
+        return (
+            *(q.shape, q.stride(), q.dtype, q.device),
+            *(k.shape, k.stride(), k.dtype, k.device),
+            *(v.shape, v.stride(), v.dtype, v.device),
+            addresses,
+            options,
+            *metadata,
+        )
     except AttributeError:  # not a tensor, as the check will say
         return None
+
+
+_optional = attrgetter(
+    "out",
+    "lse",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "page_table",
+    "kv_batch_idx",
+    "cache_leftpad",
+    "k_descale",
+    "v_descale",
+    "sink",
+    "alibi_slopes",
+)
 
 
 def _metadata(t: Tensor) -> tuple:

@@ -75,10 +75,18 @@ class ReadyCall:
         attributes = self.base + places.attributes, len(launch.attributes)
         _CONFIG.pack_into(self.bytes, places.config, *sizes, launch.shared_memory, 0, *attributes)
 
-    def __call__(self, addresses: Sequence[int]) -> None:
-        """Launch with these addresses, one for each tensor, and the stream as the last."""
-        driver, words = self.driver, self.words
-        launch = driver.launch
+    def launch(self, addresses: list[int]) -> None:
+        """Launch on PyTorch's current stream with these addresses, one for each tensor."""
+        driver, device = self.driver, self.device
+        addresses.append(driver.stream(device))
+        if driver.current_device() == device:
+            self._launch(addresses)
+        else:
+            with driver.on(device):
+                self._launch(addresses)
+
+    def _launch(self, addresses: Sequence[int]) -> None:
+        words, launch = self.words, self.driver.launch
         with self.lock:
             for at, source, distance in self.patches:
                 words[at] = addresses[source] + distance
@@ -138,15 +146,8 @@ class Kernel:
 
     def __call__(self, arguments: Any) -> None:
         """Launch on PyTorch's current stream of the tensors' device."""
-        ready = self.ready((arguments,))
         addresses = [found.read((arguments,)) for found in self.pointer_inputs]
-        driver = ready.driver
-        addresses.append(driver.stream(ready.device))
-        if driver.current_device() == ready.device:
-            ready(addresses)
-        else:
-            with driver.on(ready.device):
-                ready(addresses)
+        self.ready((arguments,)).launch(addresses)
 
     def ready(self, arguments: tuple) -> ReadyCall:
         """The call with these arguments, worked out at the first one of its kind."""

@@ -11,14 +11,13 @@ from torch import Tensor
 from .flash_attn4_cute.block_sparse import BlockSparse
 from .flash_attn4_cute.checks import as_int, check_is_tensor, refuse
 from .flash_attn4_cute.problem import (
-    AttentionOptions,
     AttentionProblem,
     AttentionTensors,
     Layout,
     make_mask_rule,
 )
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata
-from .request import Window, needs_grad, send
+from .request import Window, needs_grad, options_of, send
 
 
 def _flash_attn_fwd(
@@ -107,19 +106,19 @@ def _flash_attn_fwd(
         aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
         blocks=None if block_sparse_tensors is None else BlockSparse.of(block_sparse_tensors),
     )
-    options = AttentionOptions(
-        mask=make_mask_rule(
-            causal, (_limit(window_size_left), _limit(window_size_right)), mask_mod
-        ),
-        softmax_scale=softmax_scale,
-        softcap=softcap or 0.0,
-        num_splits=num_splits,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        score_mod=score_mod,
-        pack_gqa=pack_gqa,
-        return_lse=return_lse,
-        requires_grad=needs_grad(q, k, v, tensors.sink),
+    options = options_of(
+        (causal, (_limit(window_size_left), _limit(window_size_right)), mask_mod),
+        softmax_scale,
+        softcap or 0.0,
+        score_mod,
+        0.0,
+        False,
+        num_splits,
+        pack_gqa,
+        max_seqlen_q,
+        max_seqlen_k,
+        return_lse,
+        needs_grad(q, k, v, tensors.sink),
     )
     return send(tensors, options, scheduler_metadata)
 

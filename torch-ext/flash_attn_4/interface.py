@@ -20,8 +20,8 @@ from .engine import get_scheduler_metadata as get_scheduler_metadata
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
-from .flash_attn4_cute.problem import AttentionOptions, AttentionTensors, make_mask_rule
-from .request import Result, Window, answer, key_lengths, needs_grad, one_of
+from .flash_attn4_cute.problem import AttentionTensors
+from .request import Result, Window, answer, key_lengths, needs_grad, one_of, options_of
 from .states import merged
 
 
@@ -72,17 +72,19 @@ def flash_attn_func(
         alibi_slopes=alibi_slopes,
         aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
     )
-    options = AttentionOptions(
-        mask=make_mask_rule(causal, window_size, mask_mod),
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        num_splits=num_splits,
-        score_mod=score_mod,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        pack_gqa=pack_gqa,
-        return_lse=return_lse,
-        requires_grad=needs_grad(q, k, v, tensors.sink),
+    options = options_of(
+        (causal, window_size, mask_mod),
+        softmax_scale,
+        softcap,
+        score_mod,
+        dropout_p,
+        deterministic,
+        num_splits,
+        pack_gqa,
+        None,
+        None,
+        return_lse,
+        needs_grad(q, k, v, tensors.sink),
     )
     return answer(tensors, options, scheduler_metadata)
 
@@ -165,19 +167,19 @@ def flash_attn_varlen_func(
         alibi_slopes=alibi_slopes,
         aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
     )
-    options = AttentionOptions(
-        mask=make_mask_rule(causal, window_size, mask_mod),
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        num_splits=num_splits,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        score_mod=score_mod,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        pack_gqa=pack_gqa,
-        return_lse=return_lse,
-        requires_grad=needs_grad(q, k, v, tensors.sink),
+    options = options_of(
+        (causal, window_size, mask_mod),
+        softmax_scale,
+        softcap,
+        score_mod,
+        dropout_p,
+        deterministic,
+        num_splits,
+        pack_gqa,
+        max_seqlen_q,
+        max_seqlen_k,
+        return_lse,
+        needs_grad(q, k, v, tensors.sink),
     )
     return answer(tensors, options, scheduler_metadata)
 
@@ -269,15 +271,19 @@ def flash_attn_with_kvcache(
         sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
         alibi_slopes=alibi_slopes,
     )
-    options = AttentionOptions(
-        mask=make_mask_rule(causal, window_size),
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        num_splits=num_splits,
-        max_seqlen_q=max_seqlen_q,
-        pack_gqa=pack_gqa,
-        return_lse=return_lse,
-        requires_grad=needs_grad(q, k_cache, v_cache, k, v, tensors.sink),
+    options = options_of(
+        (causal, window_size, None),
+        softmax_scale,
+        softcap,
+        None,
+        0.0,
+        False,
+        num_splits,
+        pack_gqa,
+        max_seqlen_q,
+        None,
+        return_lse,
+        needs_grad(q, k_cache, v_cache, k, v, tensors.sink),
     )
     _check_companions(k, v, lengths, rotary_cos, rotary_sin)
     if k is None or v is None or lengths is None:

@@ -5,6 +5,7 @@ Aliases are resolved here and nowhere else; below this file each thing has one n
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,12 @@ from torch import Tensor
 from . import execute, ops
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import check_is_tensor, refuse
-from .flash_attn4_cute.problem import AttentionOptions, AttentionProblem, AttentionTensors
+from .flash_attn4_cute.problem import (
+    AttentionOptions,
+    AttentionProblem,
+    AttentionTensors,
+    make_mask_rule,
+)
 from .flash_attn4_cute.scheduler_metadata import with_metadata
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -44,6 +50,39 @@ def key_lengths(
         return cu_seqlens_k, seqused_k
     check_is_tensor("cu_seqlens_k", cu_seqlens_k)
     return None, cu_seqlens_k.diff()
+
+
+_known_options: dict[tuple, AttentionOptions] = {}
+_MAX_OPTIONS = 1024
+_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionOptions))[1:]
+_PLAIN_TYPES = frozenset({bool, int, float, type(None)})
+
+
+def options_of(mask: tuple, *values: Any) -> AttentionOptions:
+    """AttentionOptions of (causal, window_size, mask_mod) and, in order, its other fields.
+
+    Calls repeat few combinations, so that checking them each time is worth avoiding.
+    """
+    if torch.compiler.is_compiling():  # a number that changes must not become part of a graph
+        return _new_options(mask, values)
+    try:
+        found = _known_options.get((mask, values))
+    except TypeError:  # a list, say
+        return _new_options(mask, values)
+    if found is None:
+        found = _new_options(mask, values)
+        causal, window, mask_mod = mask
+        plain = (causal, mask_mod, *(window or ()), *values)
+        if mask_mod is None and _PLAIN_TYPES.issuperset(map(type, plain)):
+            if len(_known_options) >= _MAX_OPTIONS:
+                _known_options.clear()
+            _known_options[mask, values] = found
+    return found
+
+
+def _new_options(mask: tuple, values: tuple) -> AttentionOptions:
+    fields = dict(zip(_FIELDS, values, strict=True))
+    return AttentionOptions(mask=make_mask_rule(*mask), **fields)
 
 
 def needs_grad(*tensors: Any) -> bool:
