@@ -67,10 +67,16 @@ def compiled(key: KernelKey) -> Kernel:
     """
     key = with_target(key)
     with _lock:
-        found = packaged.load(key) or disk_cache.load(key)
+        return packaged.load(key) or disk_cache.load(key) or _compiled_now(key)
+
+
+def _compiled_now(key: KernelKey) -> Kernel:
+    _check_jit(key)
+    load_cutlass()
+    # Of processes that start together, one compiles and the others read what it made.
+    with disk_cache.only_one(key):
+        found = disk_cache.load(key)
         if found is None:
-            _check_jit(key)
-            load_cutlass()
             place = disk_cache.folder() or "this process only"
             logger.warning("no precompiled kernel, compiling it now, to keep in %s: %s", place, key)
             found = compile_kernel(key)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Compute capability -> variant. A variant is machine code for exactly one capability.
+from . import packaged
+
+# Compute capability -> variant: the tile configurations made for a card.
 VARIANTS: dict[tuple[int, int], str] = {
     (9, 0): "sm90a",
     (10, 0): "sm100a",
@@ -21,6 +23,8 @@ FAMILIES = {
     "sm120a": "sm120",
     "sm121a": "sm120",
 }
+# For cards of a family that have no row of their own, by the major revision.
+FAMILY_VARIANTS = {10: "sm100a", 12: "sm120a"}
 # What machine code of a variant is compiled for, by the kernels' family. Code for a family of cards
 # ("f") runs on all of them, and is the code for one card ("a") but for two bytes of its header.
 TARGETS = {
@@ -34,7 +38,8 @@ TARGETS = {
 }
 INSTRUCTIONS = {"sm120": "mma.sync", "sm100": "tcgen05"}  # of each family's kernels
 SUPPORTED = (
-    "9.0 (H100, H200), 10.0 (B200), 10.3 (B300), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10)"
+    "9.0 (H100, H200), 10.0 (B200), 10.3 (B300), 12.0 (RTX 50, RTX PRO Blackwell) or 12.1 (GB10), "
+    "or a later 10.x or 12.x"
 )
 
 
@@ -48,8 +53,13 @@ class Card:
 
     @property
     def variant(self) -> str | None:
-        """Name of the variant that runs here, or None."""
-        return VARIANTS.get(self.capability)
+        """Name of the variant that runs here, or None.
+
+        A card that is newer than those of its family gets the family's: machine code for 10.x and
+        12.x runs on every later minor revision, that for 9.0 only there.
+        """
+        major, _ = self.capability
+        return VARIANTS.get(self.capability) or FAMILY_VARIANTS.get(major)
 
 
 @functools.cache
@@ -86,7 +96,9 @@ def describe(device: torch.device) -> str:
     if found.variant is None:
         return f"no variant: {found.name} has capability {major}.{minor}, supported are {SUPPORTED}"
     instructions = INSTRUCTIONS[FAMILIES[found.variant]]
+    own = "" if found.capability in VARIANTS else f", of the family of {found.variant}"
     return (
         f"variant {found.variant}: {instructions} kernels, because {found.name} "
-        f"has compute capability {major}.{minor} ({found.num_sms} SMs)"
+        f"has compute capability {major}.{minor}{own} ({found.num_sms} SMs); "
+        f"{packaged.describe(TARGETS[found.variant, FAMILIES[found.variant]])}"
     )

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,29 @@ def store(key: Any, kernel: Kernel) -> None:
         entry.write(path, entry.pack(key, kernel))
     except Exception as error:  # the kernel is compiled: the call goes on whatever happened here
         logger.warning("cannot write to the cache %s: %s", path.parent, error)
+
+
+@contextlib.contextmanager
+def only_one(key: Any) -> Iterator[None]:
+    """Let one process at a time do what follows for `key`, where the file system can tell."""
+    path = _path(key)
+    try:
+        import fcntl
+
+        if path is None:
+            raise OSError("no cache")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # each for itself, then
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.name)
+        lock.close()
 
 
 def _path(key: Any) -> Path | None:

@@ -25,6 +25,14 @@ def folder() -> Path:
     return Path(__file__).parents[1] / "variants"
 
 
+def describe(target: str) -> str:
+    """What the package brings for a target, for people."""
+    number = sum(1 for _ in (folder() / target).glob(f"*{entry.SUFFIX}"))
+    if not number:
+        return f"no kernel is precompiled for {target}, each is compiled at its first call"
+    return f"{number} kernels are precompiled for {target}, others are compiled at their first call"
+
+
 def path_of(key: Any) -> Path:
     """The file for `key`, whether or not it exists."""
     return folder() / key.variant / entry.file_name(repr(key))

@@ -133,8 +133,8 @@ def test_explained(folder):
 
 PROCESS = """
 from flash_attn4_cute import compiler
-from tests.cross_compile import keys
-print(callable(compiler.compiled(keys("sm120a")["sm120a_d64_least"])))
+from tests.cross_compile import append_keys
+print(callable(compiler.compiled(append_keys("sm120a")["sm120a_append_plain"])))
 """
 
 
