@@ -85,7 +85,7 @@ class HostLaunch:
     grid: list[Value]
     block: list[Value]
     shared_memory: Value
-    attributes: list[tuple[int, Value]]
+    attributes: list[tuple[int, tuple[int, ...]]]
     params: list[tuple[int, list[tuple[int, int, Value]]]]
 
 
@@ -298,20 +298,22 @@ class HostCode:
                 [self.word(config, 4 * i) for i in range(3)],
                 [self.word(config, 12 + 4 * i) for i in range(3)],
                 self.word(config, 24, "i64"),
-                [(number, value) for number, value in attributes if value],
+                [(number, words) for number, words in attributes if any(words)],
                 [self._param(params, i) for i in range(self.sizes[params.memory] // 8)],
             )
         )
         return 0
 
-    def _attribute(self, table: Address, at: int) -> Value:
-        """A launch attribute's value: a word, and nothing else."""
+    def _attribute(self, table: Address, at: int) -> tuple[int, ...]:
+        """A launch attribute's value, as 32-bit words."""
+        first = table.offset + at + 8
         cells = self.memory[table.memory]
-        first, last = table.offset + at + 8, table.offset + at + 72
-        words = [value for offset, (_, value) in sorted(cells.items()) if first <= offset < last]
-        if len(words) != 1 or not isinstance(words[0], int):
-            raise Untranslatable(f"a launch attribute of {words}")
-        return words[0]
+        found = {offset - first: cell for offset, cell in cells.items() if 0 <= offset - first < 64}
+        places = [4 * i for i in range(len(found))]
+        words = [value for at, (size, value) in sorted(found.items()) if size == 4]
+        if sorted(found) != places or any(not isinstance(word, int) for word in words):
+            raise Untranslatable(f"a launch attribute of {found}")
+        return tuple(words)
 
     def _param(self, params: Address, index: int) -> tuple[int, list[tuple[int, int, Value]]]:
         address = self.word(params, 8 * index, "ptr")

@@ -24,7 +24,7 @@ _PARAM = struct.Struct("<Q")
 # CUlaunchConfig: grid, block, shared memory, (padding), stream, attributes, their number.
 _CONFIG = struct.Struct("<7I4xQQI4x")
 _STREAM_AT = 32
-_ATTRIBUTE = struct.Struct("<I4xI60x")
+_ATTRIBUTE = struct.Struct("<I4x16I")
 _MAX_READY = 4096
 
 
@@ -69,8 +69,10 @@ class ReadyCall:
     def _write_launch(self, launch: Launch, places: _Places, slots: list[int]) -> None:
         for i, at in enumerate(places.params):
             _PARAM.pack_into(self.bytes, places.table + 8 * i, self.base + at)
-        for i, attribute in enumerate(launch.attributes):
-            _ATTRIBUTE.pack_into(self.bytes, places.attributes + _ATTRIBUTE.size * i, *attribute)
+        for i, (number, words) in enumerate(launch.attributes):
+            words = (*words, *[0] * (16 - len(words)))
+            at = places.attributes + _ATTRIBUTE.size * i
+            _ATTRIBUTE.pack_into(self.bytes, at, number, *words)
         sizes = [slots[x] for x in (*launch.grid, *launch.block)]
         attributes = self.base + places.attributes, len(launch.attributes)
         _CONFIG.pack_into(self.bytes, places.config, *sizes, launch.shared_memory, 0, *attributes)

@@ -75,14 +75,14 @@ class Launch:
     """One kernel launch; `grid`, `block` and `cluster` are slots.
 
     `params` are (size in bytes, fields); what no field fills is zero. `attributes` are launch
-    attributes (number, 32-bit value) of the CUDA driver.
+    attributes (number, 32-bit words) of the CUDA driver.
     """
 
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_memory: int
-    attributes: tuple[tuple[int, int], ...]
+    attributes: tuple[tuple[int, tuple[int, ...]], ...]
     params: tuple[tuple[int, tuple[Field, ...]], ...]
 
 
@@ -146,7 +146,7 @@ class Program:
                     tuple(launch["grid"]),
                     tuple(launch["block"]),
                     launch["shared_memory"],
-                    tuple((number, value) for number, value in launch["attributes"]),
+                    tuple((number, tuple(words)) for number, words in launch["attributes"]),
                     tuple(
                         (size, tuple(Field(*field) for field in fields))
                         for size, fields in launch["params"]
