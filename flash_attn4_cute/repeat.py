@@ -50,6 +50,7 @@ class Repeat:
             names.remove(_WORKSPACE)
             self.workspace_size = arguments.mWorkspace.numel()
         self.sparse = is_sparse(problem)
+        self.to_allocate = self.sparse or problem.return_lse
         q, out = arguments[0], arguments[3]
         # The cheapest way to new memory is to ask for more of the same.
         self.out_like_q = not self.sparse and out.shape == q.shape and q.is_contiguous()
@@ -67,7 +68,7 @@ class Repeat:
         """(out, lse) of a call with the same signature."""
         if self.out_like_q and tensors.out is None:
             tensors.out = torch.empty_like(tensors.q)
-        if tensors.out is None or self.sparse or self.problem.return_lse:
+        if tensors.out is None or self.to_allocate:
             allocate(self.problem, tensors)
         addresses = [t.data_ptr() for t in self.tensors_of(tensors)]
         if self.workspace_at is not None:

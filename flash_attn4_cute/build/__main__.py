@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         help="precompile the shipped kernels: all, or some of their targets, as in sm90a,sm120f; "
         "without it the package has none",
     )
-    parser.add_argument("--only", metavar="TEXT", help="of these, keys that contain TEXT")
+    parser.add_argument("--only", metavar="REGEX", default="", help="of these, keys that match")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     return parser
 
@@ -58,7 +59,7 @@ def _precompile(arguments: argparse.Namespace, parser: argparse.ArgumentParser) 
     wanted = targets if arguments.variants == "all" else arguments.variants.split(",")
     if not set(wanted) <= set(targets):
         parser.error(f"--variants={arguments.variants}: the targets are {', '.join(targets)}")
-    keys = [key for key in keys if key.variant in wanted and (arguments.only or "") in repr(key)]
+    keys = [k for k in keys if k.variant in wanted and re.search(arguments.only, repr(k))]
     cache = arguments.root / ".cache" / "variants"
     start = time.monotonic()
     compiled = compile_all(keys, cache, arguments.jobs)

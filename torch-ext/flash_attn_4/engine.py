@@ -117,7 +117,7 @@ def _flash_attn_fwd(
         pack_gqa,
         max_seqlen_q,
         max_seqlen_k,
-        return_lse,
+        return_lse or lse is not None,
         needs_grad(q, k, v, tensors.sink),
     )
     return send(tensors, options, scheduler_metadata)

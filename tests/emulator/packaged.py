@@ -1,0 +1,204 @@
+"""Runs precompiled kernels, as they lie in a package, in the emulator.
+
+usage: make build && python -m tests.emulator.packaged [--target sm120f] [--only TEXT]
+
+Each kernel of the package is asked for by a small call of the kind that it ships for, found in the
+package, launched, and its answer is judged by the oracle; compiling is forbidden. The machine code
+itself cannot run here: the PTX that it was made of, which the build keeps beside it, does.
+"""
+
+import argparse
+import importlib
+import json
+import lzma
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    import ptx_emulator
+
+    ptx_emulator.bootstrap()
+
+from flash_attn4_cute.append_plan import AppendKey
+from flash_attn4_cute.build.shipped import SHIPPED, Calls, append_keys
+from flash_attn4_cute.build.variants import PTX_SUFFIX, cached
+from flash_attn4_cute.compiler import with_target
+from flash_attn4_cute.device import VARIANTS, Card
+from flash_attn4_cute.launcher import entry
+from flash_attn4_cute.mask_rule import Band
+from flash_attn4_cute.plan import plan_on
+from flash_attn4_cute.problem import AttentionProblem, Layout
+from ptx_emulator.launch.host import bootstrap
+from tests import harness
+from tests.append_cases import Append
+from tests.cases import Case
+
+from . import test_ours_append
+from .on_cards import card
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "variants"
+# One card each, on which the machine code of a target runs.
+CARD_OF = {"sm90a": "sm_90a", "sm100f": "sm_100a", "sm103f": "sm_103a", "sm120f": "sm_120a"}
+SHORT = 72  # tokens that stand for a long prompt: with four heads to a key head, more than 128 rows
+LAYOUTS = {
+    (Layout.DENSE, Layout.DENSE): "dense",
+    (Layout.VARLEN, Layout.VARLEN): "varlen",
+    (Layout.VARLEN, Layout.PAGED): "paged",
+    (Layout.DENSE, Layout.PAGED): "paged_dense",
+}
+
+
+def small_case(problem: AttentionProblem, number: int) -> Case:
+    """A call of few tokens that the same kernel answers."""
+    queries = min(problem.seqlen_q, SHORT)
+    dense_q, dense_k = (x is Layout.DENSE for x in (problem.q_layout, problem.kv_layout))
+    band = problem.mask if isinstance(problem.mask, Band) else None
+    window = (40, 0) if band is not None and band.left is not None else (None, None)
+    return Case(
+        name=f"packaged {number}",
+        seqlens_q=(queries, queries if dense_q else max(queries // 2, 1)),
+        seqlens_k=(150, 150 if dense_k else 81),
+        used_k=(150, 81) if dense_k and problem.has_seqused_k else None,
+        heads=4,
+        heads_kv=1,
+        d=problem.head_dim,
+        d_v=problem.head_dim_v,
+        dtype=problem.dtype,
+        layout=LAYOUTS[problem.q_layout, problem.kv_layout],
+        page_size=problem.page_size,
+        causal=band is not None,
+        window=window,
+        softcap=problem.softcap,
+        sink=problem.has_sink,
+        num_splits=problem.num_splits,
+        return_lse=problem.return_lse,
+    )
+
+
+def cases(variant: str, shipped: tuple[Calls, ...] = SHIPPED) -> dict[Any, Case]:
+    """By the key of its kernel, a small call for each attention kernel of a variant."""
+    capability = next(found for found, name in VARIANTS.items() if name == variant)
+    found: dict[Any, Case] = {}
+    for calls in shipped:
+        for problem in calls.problems():
+            key = with_target(plan_on(problem, Card(variant, capability, 132)).key)
+            found.setdefault(key, small_case(problem, len(found)))
+    return found
+
+
+class Package:
+    """The kernels in `folder`; their PTX is found in `cache`."""
+
+    def __init__(self, fa4: ModuleType, folder: Path, cache: Path = CACHE):
+        self.fa4, self.folder, self.cache = fa4, folder, cache
+        self.taken: set[str] = set()  # files that were read
+
+    @contextmanager
+    def in_place(self, package: str) -> Iterator[None]:
+        """While it lasts, kernels of the Python package come from the folder or not at all."""
+        packaged, compiler = (
+            importlib.import_module(f"{package}.{name}") for name in ("packaged", "compiler")
+        )
+        before = packaged.folder, packaged.path_of, os.environ.get("FLASH_ATTN_4_JIT")
+
+        def path_of(key: Any) -> Path:
+            path = before[1](key)
+            self.taken.add(path.name)
+            return path
+
+        packaged.folder, packaged.path_of = lambda: self.folder, path_of
+        os.environ["FLASH_ATTN_4_JIT"] = "0"
+        compiler.compiled.cache_clear()
+        try:
+            yield
+        finally:
+            packaged.folder, packaged.path_of = before[:2]
+            os.environ.pop("FLASH_ATTN_4_JIT")
+            if before[2] is not None:
+                os.environ["FLASH_ATTN_4_JIT"] = before[2]
+            compiler.compiled.cache_clear()
+
+    def remember(self, key: Any) -> str:
+        """Tell the emulator the PTX of a kernel; the name of its file in the package."""
+        name = entry.file_name(repr(key))
+        kernel = entry.unpack((self.folder / key.variant / name).read_bytes(), key)
+        ptx = cached(key, self.cache).with_suffix(PTX_SUFFIX)
+        bootstrap().remember(lzma.decompress(ptx.read_bytes()).decode(), kernel.image)
+        return name
+
+    def run(self, key: Any, case: Case | None) -> None:
+        """Answer a call with the kernel of `key`, and judge the answer."""
+        name, arch = self.remember(key), CARD_OF[key.variant]
+        self.taken.clear()
+        if case is None:
+            with self.in_place("flash_attn4_cute"):
+                test_ours_append.assert_right(small_append(key), arch, 1)
+        else:
+            call = harness.build(case, torch.device("cpu"))
+            with self.in_place(f"{self.fa4.__name__}.flash_attn4_cute"), card(self.fa4, arch, 1):
+                answer = harness.run(self.fa4, call)
+            harness.judge(call, answer)
+        assert name in self.taken, f"another kernel answered: {self.taken}"
+
+
+def small_append(key: AppendKey) -> Append:
+    """A call of few tokens that the same kernel answers."""
+    return Append(
+        layout="paged" if key.paged else "dense",
+        rotary="halves" if key.rotary_dim else None,
+        rotary_dim=key.rotary_dim or key.head_dim,
+        d=key.head_dim,
+        d_v=key.head_dim_v,
+    )
+
+
+def wanted(target: str) -> dict[Any, Case | None]:
+    """Every kernel of a target with the call that it is run by; None for those that append."""
+    found: dict[Any, Case | None] = {}
+    for variant in VARIANTS.values():
+        for key, case in cases(variant).items():
+            if key.variant == target:
+                found.setdefault(key, case)
+        for key in append_keys(variant):
+            if with_target(key).variant == target:
+                found.setdefault(with_target(key), None)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=CARD_OF, help="default: all")
+    parser.add_argument("--only", default="", help="keys that contain this text")
+    parser.add_argument("--package", type=Path, default=ROOT / "build" / "torch-cuda")
+    options = parser.parse_args()
+    os.environ["FLASH_ATTN_4_CACHE"] = "0"
+    from kernels import get_local_kernel
+
+    fa4 = get_local_kernel(ROOT / "build" / "torch-cpu")
+    folder, failed, done = options.package / "variants", 0, 0
+    for target in options.target or CARD_OF:
+        index = json.loads((folder / target / "index.json").read_text())
+        keys = {repr(key): (key, case) for key, case in wanted(target).items()}
+        for row in index["kernels"]:
+            if options.only not in row["key"]:
+                continue
+            done += 1
+            try:
+                Package(fa4, folder).run(*keys[row["key"]])
+            except Exception as error:
+                failed += 1
+                print(f"{target} {row['file']} {row['key']}: {error!r}", file=sys.stderr)
+            print(f"{target}: {done} run, {failed} failed", flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

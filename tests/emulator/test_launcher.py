@@ -1,0 +1,246 @@
+"""The launcher passes to a kernel what CuTe DSL's own host code passes, byte for byte.
+
+Padding inside structs and the second half of TMA descriptors, which CuTe DSL leaves as they happen
+to be, are compared with nothing: only what a field of the program fills.
+"""
+
+import importlib
+import random
+import threading
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flash_attn4_cute.decode_plan import DecodeKey
+from flash_attn4_cute.launcher import driver as drivers
+from flash_attn4_cute.launcher.kernel import Kernel
+from flash_attn4_cute.launcher.translate import translate
+from flash_attn4_cute.signature import NUMERIC
+from ptx_emulator.launch.host import Launch, bootstrap
+from ptx_emulator.launch.tensors import Allocations, wrap
+
+from ..cross_compile import append_keys, decode_keys
+from .packaged import wanted
+
+
+class Recorder(drivers.Driver):
+    """A driver that launches nothing."""
+
+    def stream(self, device: int) -> int:
+        return 77
+
+    def current_device(self) -> int:
+        return 0
+
+
+@contextmanager
+def recorded(module: Any = drivers):
+    """The launches of a with block; `module` is the launcher's module of drivers."""
+    host, launches = bootstrap(), []
+    before = host.on_launch, module.cuda_driver
+    kind = type("Recording", (Recorder, module.Driver), {}) if module is not drivers else Recorder
+    recorder = kind(host.library)
+    host.on_launch, module.cuda_driver = launches.append, lambda: recorder
+    try:
+        yield launches
+    finally:
+        host.on_launch, module.cuda_driver = before
+    assert host.error is None
+
+
+class Sizes:
+    """Numbers for symbolic sizes: the same for the same symbol, multiples of what it promises."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.chosen: dict[int, int] = {}
+
+    def of(self, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        return self.chosen.setdefault(id(size), 16 * self.random.randint(1, 5))
+
+
+def example(standin: Any, sizes: Sizes) -> Any:
+    """Something that a launch may pass for what the kernel was traced with."""
+    if isinstance(standin, tuple):
+        members = [example(member, sizes) for member in standin]
+        return type(standin)(*members) if hasattr(standin, "_fields") else tuple(members)
+    if standin is None:
+        return None
+    kind = type(standin).__name__
+    if kind == "Float32":
+        return sizes.random.random()
+    if kind in ("Int32", "Uint32"):
+        return sizes.random.randint(1, 300)
+    dtype = next(d for d, name in NUMERIC.items() if name is standin.element_type)
+    shape = [sizes.of(size) for size in standin.shape]
+    room = [*shape[:-1], shape[-1] + 16] if len(shape) > 1 else shape
+    # A view of a wider tensor: strides are not those that the shape alone would give.
+    return torch.empty(room, dtype=dtype)[..., : shape[-1]]
+
+
+def keys() -> dict[str, Any]:
+    pairs = (key for key in wanted("sm100f") if not isinstance(key, DecodeKey))
+    return {
+        "decode-split": decode_keys("sm120a")["sm120a_d128_32_2_most"],
+        "append": append_keys("sm120a")["sm120a_append_halves"],
+        "tcgen05": next(
+            k for k in pairs if "head_dim=256" in repr(k) and "softcap=True" in repr(k)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["decode-split", "append", "tcgen05"])
+def test_same_bytes_as_cute_dsl(name):
+    import cutlass.cute as cute
+
+    key = keys()[name]
+    kernel, standins = key.trace()
+    host = bootstrap()
+    host.set_device(10, 0, 148)
+    arch = "sm_100a" if name == "tcgen05" else "sm_120a"
+    host.set_arch(arch)
+    theirs = cute.compile(
+        kernel,
+        *standins,
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+        options=f"--enable-tvm-ffi --gpu-arch {arch}",
+    )
+    image, program = translate(str(theirs.ir_module), standins)
+    assert image == theirs.__cubin__
+    ours = Kernel(image, program)
+    for seed in range(4):
+        sizes = Sizes(seed)
+        sizes.chosen[id(standins[0].mK.shape[-2])] = 16  # heads are a multiple of key heads
+        (arguments,) = example(standins, sizes)
+        with recorded() as launches:
+            theirs(wrap(arguments, Allocations()))
+            ours(arguments)
+        number = len(program.launches)
+        assert len(launches) == 2 * number and number == (2 if name == "decode-split" else 1)
+        for launch, expected, found in zip(
+            program.launches, launches[:number], launches[number:], strict=True
+        ):
+            assert_same(launch, expected, found)
+
+
+def assert_same(launch: Any, expected: Launch, found: Launch) -> None:
+    for name in ("kernel", "grid", "block", "cluster", "dynamic_smem", "static_smem"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.stream == 77
+    said = {number: raw[: 4 * len(words)] for number, words in launch.attributes
+            for n, raw in expected.attributes if n == number}  # fmt: skip
+    given = dict(found.attributes)
+    assert set(given) == {number for number, _ in launch.attributes}
+    assert all(given[number].startswith(raw) for number, raw in said.items())
+    sizes = [size for size, _ in launch.params]
+    assert sizes == [len(p) for p in expected.params] == [len(p) for p in found.params]
+    for i, (_, fields) in enumerate(launch.params):
+        for field in fields:
+            part = slice(field.offset, field.offset + field.size)
+            assert found.params[i][part] == expected.params[i][part], (i, field)
+    filled = sum(field.size for _, fields in launch.params for field in fields)
+    assert filled > 0.6 * sum(sizes) - 64 * sizes.count(128), "little is left to compare"
+
+
+# --- calls that repeat ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(fa4, monkeypatch):
+    """fa4's launches of CPU tensors, recorded; the kernel is compiled once for all tests."""
+    package = f"{fa4.__name__}.flash_attn4_cute"
+    execute, plan, device, driver = (
+        importlib.import_module(name)
+        for name in (f"{fa4.__name__}.execute", f"{package}.plan", f"{package}.device",
+                     f"{package}.launcher.driver")
+    )  # fmt: skip
+    monkeypatch.setattr(plan, "supported_card", lambda d: device.Card("a card", (12, 0), 4))
+    monkeypatch.setattr(execute, "_variant", lambda problem: execute._cuda())
+    execute._repeats.clear()
+    plan.make_plan.cache_clear()
+    with recorded(driver) as launches:
+        yield execute, launches
+    execute._repeats.clear()
+    plan.make_plan.cache_clear()
+
+
+def tensors(seed: int):
+    torch.manual_seed(seed)
+    return [torch.randn(2, 200, heads, 64, dtype=torch.bfloat16) for heads in (2, 1, 1)]
+
+
+def with_other_addresses(params: tuple[bytes, ...], moved: dict[int, int]) -> list[list[int]]:
+    words = [np.frombuffer(p[: len(p) // 8 * 8], np.uint64).tolist() for p in params]
+    return [[moved.get(word, word) for word in param] for param in words]
+
+
+def test_a_repeated_call_passes_other_addresses_and_nothing_else(fa4, on_gpu):
+    execute, launches = on_gpu
+    first, second = tensors(0), tensors(1)
+    outs = [fa4.flash_attn_func(*qkv, causal=True) for qkv in (first, second)]
+    assert len(execute._repeats) == 1 and len(launches) == 2
+    pairs = zip((*first, outs[0]), (*second, outs[1]), strict=True)
+    moved = {a.data_ptr(): b.data_ptr() for a, b in pairs}
+    expected = with_other_addresses(launches[0].params, moved)
+    assert with_other_addresses(launches[1].params, {}) == expected != []
+    assert expected != with_other_addresses(launches[0].params, {})
+    assert launches[1].stream == 77 and launches[0].grid == launches[1].grid
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda q, k, v: ((q[:, :150], k, v), {}),
+        lambda q, k, v: ((q, k.transpose(0, 1).contiguous().transpose(0, 1), v), {}),
+        lambda q, k, v: ((q, k, v), {"softmax_scale": 0.5}),
+        lambda q, k, v: ((q, k, v), {"return_lse": True}),
+        lambda q, k, v: ((q, k, v), {"out": torch.empty_like(q)}),
+    ],
+    ids=["shape", "strides", "scale", "lse", "out"],
+)
+def test_a_call_that_differs_is_not_repeated(fa4, on_gpu, changed):
+    execute, launches = on_gpu
+    qkv = tensors(0)
+    fa4.flash_attn_func(*qkv, causal=True)
+    others, options = changed(*qkv)
+    fa4.flash_attn_func(*others, causal=True, **options)
+    assert len(execute._repeats) == 2 and len(launches) == 2
+
+
+def test_lengths_of_any_type_are_one_call(fa4, on_gpu):
+    """FA#2143, #2507: a plain integer, NumPy's and a 0-d tensor."""
+    execute, launches = on_gpu
+    q, k, v = (t[0] for t in tensors(0))
+    cu = torch.tensor([0, 200], dtype=torch.int32)
+    for longest in (200, np.int64(200), torch.tensor(200)):
+        fa4.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    assert len(execute._repeats) == 1 and len(launches) == 3
+
+
+def test_threads_do_not_mix_their_addresses(fa4, on_gpu):
+    _, launches = on_gpu
+    mine = [tensors(seed) for seed in range(4)]
+    fa4.flash_attn_func(*mine[0], causal=True)
+    launches.clear()
+    together = threading.Barrier(len(mine))
+
+    def work(qkv):
+        together.wait()
+        for _ in range(40):
+            fa4.flash_attn_func(*qkv, causal=True)
+
+    threads = [threading.Thread(target=work, args=(qkv,)) for qkv in mine]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(launches) == 160
+    known = [[t.data_ptr() for t in qkv] for qkv in mine]
+    for launch in launches:
+        addresses = [int.from_bytes(p[:8], "little") for p in launch.params[:3]]
+        assert addresses in known

@@ -1,0 +1,163 @@
+"""The shipped set: which kernels it has, what they depend on, and that building repeats."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash_attn4_cute import packaged
+from flash_attn4_cute.append_plan import AppendKey
+from flash_attn4_cute.build import cubin, shipped, sources
+from flash_attn4_cute.compiler import with_target
+from flash_attn4_cute.decode_plan import DecodeKey
+from flash_attn4_cute.device import TARGETS, VARIANTS, Card
+from flash_attn4_cute.launcher import entry
+from flash_attn4_cute.launcher.integers import operation
+from flash_attn4_cute.plan import ForwardKey
+
+from .conftest import ROOT
+
+# Two kernels that append and one forward: seconds to compile, and all that a package is made of.
+SUBSET = (
+    "AppendKey.*head_dim=64,.*rotary_dim=0.*paged|ForwardKey.*head_dim=64,.*has_right=False.*DENSE"
+)
+
+
+def run_build(root: Path, *options: str) -> list[Path]:
+    """Build the subset from nothing; every file below the output."""
+    command = [sys.executable, "-m", "flash_attn4_cute.build", "--root", root]
+    command += ["--variants", "sm120f", "--only", SUBSET, "--jobs", "1", *options]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return sorted(p for p in (root / "build").rglob("*") if p.is_file())
+
+
+def test_two_builds_are_byte_identical(tmp_path):
+    """Nothing of the machine, the time or an earlier build is in a package."""
+    pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
+    found = []
+    for name in ("one", "another"):
+        root = tmp_path / name
+        root.mkdir()
+        for shared in ("build.toml", "torch-ext", "flash_attn4_cute", "LICENSE"):
+            (root / shared).symlink_to(ROOT / shared)
+        files = run_build(root)
+        found.append({str(p.relative_to(root)): p.read_bytes() for p in files})
+    one, another = found
+    kernels = [name for name in one if name.endswith(".kernel")]
+    assert len(kernels) > 2 and all("torch-cuda/variants/sm120f/" in name for name in kernels)
+    assert list(one) == list(another)
+    assert [name for name in one if one[name] != another[name]] == []
+    check_index(tmp_path / "one" / "build" / "torch-cuda" / "variants" / "sm120f")
+
+
+def check_index(folder: Path) -> None:
+    """The index says of each file what is in it."""
+    index = json.loads((folder / packaged.INDEX).read_text())
+    assert index["target"] == "sm120f"
+    keys = {repr(key): key for key in shipped.all_keys()}
+    assert {row["file"] for row in index["kernels"]} == {p.name for p in folder.glob("*.kernel")}
+    for row in index["kernels"]:
+        data = (folder / row["file"]).read_bytes()
+        kernel = entry.unpack(data, keys[row["key"]])
+        assert row["bytes"] == len(data)
+        assert [k["registers"] for k in row["kernels"]] == [
+            k.registers for k in cubin.resources(kernel.image).values()
+        ]
+        shared = {launch.shared_memory for launch in kernel.program.launches}
+        assert {k["dynamic_shared"] for k in row["kernels"]} == shared
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values())
+def test_the_set_of_a_variant(variant):
+    """Prefill, decoding and appending; few enough to be built in twenty minutes on two cores."""
+    keys = shipped.shipped_keys(variant)
+    assert {type(key) for key in keys} == {ForwardKey, DecodeKey, AppendKey}
+    assert len(set(map(repr, keys))) == len(keys) < 160
+    assert {key.variant for key in keys} <= {t for (v, _), t in TARGETS.items() if v == variant}
+    names = [entry.file_name(repr(key)) for key in keys]
+    assert len(set(names)) == len(names)
+
+
+def test_cards_of_a_family_share_code():
+    assert shipped.shipped_keys("sm120a") == shipped.shipped_keys("sm121a")
+    assert len(shipped.all_keys()) < 520
+
+
+@pytest.mark.parametrize(
+    ("capability", "variant"),
+    [
+        ((8, 9), None), ((9, 0), "sm90a"), ((9, 1), None), ((10, 0), "sm100a"),
+        ((10, 1), "sm100a"), ((10, 3), "sm103a"), ((10, 9), "sm100a"), ((11, 0), None),
+        ((12, 0), "sm120a"), ((12, 1), "sm121a"), ((12, 7), "sm120a"), ((13, 0), None),
+    ],
+)  # fmt: skip
+def test_cards_between(capability, variant):
+    """Code for a family runs on its later cards; a card of no family is refused."""
+    assert Card("a card", capability, 1).variant == variant
+
+
+def test_a_change_compiles_what_it_touches():
+    """Each kind of kernel depends on its own files and on what these import."""
+    keys = {type(key).__name__ + key.family: key for key in shipped.all_keys()}
+    package = sources.PACKAGE
+    found = {
+        name: {str(path.relative_to(package)) for path in sources.sources_of(key)}
+        for name, key in keys.items()
+    }
+    assert set(found) == {"ForwardKeysm120", "ForwardKeysm100", "DecodeKeysm120", "AppendKeysm120"}
+    assert "sm100/softmax.py" in found["ForwardKeysm100"]
+    assert not any(name.startswith("sm100/") for name in found["ForwardKeysm120"])
+    assert "sm120/decode_work.py" in found["DecodeKeysm120"]
+    assert "sm120/decode_work.py" not in found["ForwardKeysm120"]
+    assert "common/mask.py" in found["DecodeKeysm120"] & found["ForwardKeysm100"]
+    assert not any(name.startswith("common/mask") for name in found["AppendKeysm120"])
+    for name, files in found.items():
+        assert {"compiler.py", "signature.py", "launcher/host_code.py"} <= files, name
+        assert not files & {"validation.py", "plan.py", "launch.py"}, name
+
+
+def test_what_is_traced_is_among_the_sources():
+    """The other way round: no module of device code is imported that the digest leaves out."""
+    devices = {
+        path
+        for folder in ("sm100", "sm120", "common")
+        for path in (sources.PACKAGE / folder).glob("*.py")
+        if "cute.jit" in path.read_text()
+    }
+    covered = {path for key in shipped.all_keys() for path in sources.sources_of(key)}
+    assert devices <= covered, sorted(devices - covered)
+
+
+def test_targets_are_those_of_every_family():
+    for key in shipped.all_keys():
+        assert key.variant in TARGETS.values()
+    for variant in VARIANTS.values():
+        key = next(k for k in shipped.append_keys(variant))
+        assert with_target(key).variant == TARGETS[variant, "sm120"]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "to", "operands", "expected"),
+    [
+        ("add", 32, 32, (2**32 - 1, 2), 1),
+        ("sdiv", 32, 32, (2**32 - 7, 2), 2**32 - 3),  # -7 / 2 is -3
+        ("srem", 32, 32, (2**32 - 7, 2), 2**32 - 1),
+        ("udiv", 32, 32, (2**32 - 7, 2), 2**31 - 4),
+        ("sext", 32, 64, (2**32 - 1,), 2**64 - 1),
+        ("zext", 32, 64, (2**32 - 1,), 2**32 - 1),
+        ("trunc", 64, 32, (2**40 + 5,), 5),
+        ("slt", 32, 1, (2**32 - 1, 0), 1),
+        ("ult", 32, 1, (2**32 - 1, 0), 0),
+        ("smin", 32, 32, (2**32 - 1, 3), 2**32 - 1),
+        ("ashr", 32, 32, (2**32 - 8, 1), 2**32 - 4),
+        ("abs", 64, 64, (2**64 - 9,), 9),
+        ("select", 32, 32, (0, 5, 6), 6),
+        ("ceil_log2", 32, 8, (1,), 0),
+        ("ceil_log2", 32, 8, (1025,), 11),
+    ],
+)
+def test_arithmetic_is_llvms(name, width, to, operands, expected):
+    assert operation(name, width, to)(*operands) == expected
