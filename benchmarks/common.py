@@ -16,6 +16,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 REPO_ID = "flash-attn-4-org/flash-attn-4"
+# A package that was built before, with precompiled kernels.
+GIVEN = os.environ.get("FLASH_ATTN_4_PACKAGE")
 
 L2_FLUSH_BYTES = 256 << 20  # more than the L2 of any card here
 
@@ -121,13 +123,14 @@ def time_host(call: Callable[[], Any], synchronize: Callable[[], Any], count: in
 
 
 def build_kernel() -> None:
-    """Assemble build/ from the present sources."""
-    subprocess.run([sys.executable, "-m", "flash_attn4_cute.build"], cwd=ROOT, check=True)
+    """Assemble build/, unless FLASH_ATTN_4_PACKAGE names a package that is finished."""
+    if not GIVEN:
+        subprocess.run([sys.executable, "-m", "flash_attn4_cute.build"], cwd=ROOT, check=True)
 
 
 def load_kernel():
-    """The kernel as users load it, from build/."""
-    os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={ROOT / 'build'}"
+    """The kernel as users load it, from build/ or the package that is given."""
+    os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={GIVEN or ROOT / 'build'}"
     from kernels import get_kernel
 
     return get_kernel(REPO_ID, version=1)
