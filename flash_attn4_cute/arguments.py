@@ -4,11 +4,14 @@ Named tuples rather than dataclasses: quack-kernels, which vLLM, SGLang and upst
 replaces a function of CuTe DSL by one that cannot take a dataclass across the host boundary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 # Fields hold CuTe DSL's values while a kernel is traced, PyTorch's tensors and Python's numbers at
 # a launch. Names only: importing CuTe DSL takes seconds, and launching does without it.
-Tensor = Float32 = Int32 = Uint32 = Any
+Tensor: TypeAlias = Any
+Float32: TypeAlias = Any
+Int32: TypeAlias = Any
+Uint32: TypeAlias = Any
 
 
 class ScoreArgs(NamedTuple):

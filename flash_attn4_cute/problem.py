@@ -299,13 +299,12 @@ def signature_of(t: AttentionTensors, options: AttentionOptions) -> tuple | None
         return None
     q, k, v, out = t.q, t.k, t.v, t.out
     try:
-        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
+        together = q.data_ptr() | k.data_ptr() | v.data_ptr()
         if out is not None:
-            addresses |= out.data_ptr()
-        if addresses & 15:
+            together |= out.data_ptr()
+        addresses: tuple[int, ...] | None = None
+        if together & 15:
             addresses = tuple(0 if x is None else x.data_ptr() & 15 for x in (q, k, v, out))
-        else:
-            addresses = 0
         metadata = [None if x is None else _metadata(x) for x in _optional(t)]
         return (
             *(q.shape, q.stride(), q.dtype, q.device),

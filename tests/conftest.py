@@ -27,8 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A user's own setting must not decide which kernel is tested.
 os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={BUILD}"
 # Nor may tests write into a user's cache of kernels; theirs serves all processes of a run.
-os.environ["FLASH_ATTN_4_CACHE"] = str(ROOT / ".cache" / "kernels")
-os.environ.pop("FLASH_ATTN_4_JIT", None)
+if not GIVEN:
+    os.environ["FLASH_ATTN_4_CACHE"] = str(ROOT / ".cache" / "kernels")
+    os.environ.pop("FLASH_ATTN_4_JIT", None)
 
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     cores = len(os.sched_getaffinity(0))

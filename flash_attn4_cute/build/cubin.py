@@ -33,7 +33,8 @@ def resources(image: bytes) -> dict[str, Resources]:
     sections = list(_sections(image))
     by_name = {section.name: section for section in sections}
     symbols = _symbols(by_name[".symtab"], by_name[".strtab"])
-    registers, frames = {}, {}
+    registers: dict[str, int] = {}
+    frames: dict[str, int] = {}
     for attribute, payload in _attributes(by_name[".nv.info"].data):
         if attribute in (_REGISTERS, _FRAME):
             symbol, number = struct.unpack("<II", payload)

@@ -12,29 +12,29 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Read whatever is compiled. Of these the text counts, not what they import: they choose among
 # kernels, and what they choose by is in the key.
 COMMON = ("compiler.py", "signature.py", "launcher/translate.py")
+# Classes of keys: what tracing reads of one is in the key. Their modules import the host's code.
+KEYS = ("append_plan.py",)
 
 
 def sources_of(key: Any) -> list[Path]:
     """The files that decide what `key` compiles to, in a fixed order."""
     kernel = type(key).__name__
     if kernel == "AppendKey":
-        roots, common = ("append_kv.py",), COMMON
-    elif kernel == "DecodeKey":
-        roots, common = (f"{key.family}/decode.py",), (*COMMON, "decode_signature.py")
-    else:
-        roots, common = (f"{key.family}/forward.py",), COMMON
-    return list(_closure(roots, common))
+        return list(_closure("append_kv.py", COMMON))
+    if kernel == "DecodeKey":
+        return list(_closure(f"{key.family}/decode.py", (*COMMON, "decode_signature.py")))
+    return list(_closure(f"{key.family}/forward.py", COMMON))
 
 
 @functools.cache
-def _closure(roots: tuple[str, ...], common: tuple[str, ...]) -> tuple[Path, ...]:
+def _closure(root: str, common: tuple[str, ...]) -> tuple[Path, ...]:
     found: set[Path] = set()
-    ahead = [PACKAGE / root for root in (*roots, "launcher/translate.py")]
+    ahead = [PACKAGE / root for root in (root, "launcher/translate.py")]
     while ahead:
         path = ahead.pop()
         if path not in found:
             found.add(path)
-            ahead.extend(imported(path))
+            ahead.extend([] if path.name in KEYS else imported(path))
     return tuple(sorted(found | {PACKAGE / name for name in common}))
 
 

@@ -72,7 +72,7 @@ def kernels_on(
 def _driver(module: Any, emulator: Session) -> Any:
     """A Driver of the package that launches on `emulator`."""
 
-    class Emulated(module.Driver):  # type: ignore[name-defined]
+    class Emulated(module.Driver):
         def stream(self, device: int) -> int:
             return 0
 

@@ -1,0 +1,58 @@
+"""A small call for each precompiled attention kernel: one that this very kernel answers."""
+
+from typing import Any
+
+from flash_attn4_cute.build.shipped import SHIPPED
+from flash_attn4_cute.compiler import with_target
+from flash_attn4_cute.device import VARIANTS, Card
+from flash_attn4_cute.mask_rule import Band
+from flash_attn4_cute.plan import plan_on
+from flash_attn4_cute.problem import AttentionProblem, Layout
+
+from .cases import Case
+
+SHORT = 72  # tokens that stand for a long prompt: with four heads to a key head, more than 128 rows
+LAYOUTS = {
+    (Layout.DENSE, Layout.DENSE): "dense",
+    (Layout.VARLEN, Layout.VARLEN): "varlen",
+    (Layout.VARLEN, Layout.PAGED): "paged",
+    (Layout.DENSE, Layout.PAGED): "paged_dense",
+}
+
+
+def small_case(problem: AttentionProblem, number: int) -> Case:
+    """A call of few tokens that the same kernel answers."""
+    queries = min(problem.seqlen_q, SHORT)
+    dense_q, dense_k = (x is Layout.DENSE for x in (problem.q_layout, problem.kv_layout))
+    band = problem.mask if isinstance(problem.mask, Band) else None
+    window = (40, 0) if band is not None and band.left is not None else (None, None)
+    return Case(
+        name=f"packaged {number}",
+        seqlens_q=(queries, queries if dense_q else max(queries // 2, 1)),
+        seqlens_k=(150, 150 if dense_k else 81),
+        used_k=(150, 81) if dense_k and problem.has_seqused_k else None,
+        heads=4,
+        heads_kv=1,
+        d=problem.head_dim,
+        d_v=problem.head_dim_v,
+        dtype=problem.dtype,
+        layout=LAYOUTS[problem.q_layout, problem.kv_layout],
+        page_size=problem.page_size,
+        causal=band is not None,
+        window=window,
+        softcap=problem.softcap,
+        sink=problem.has_sink,
+        num_splits=problem.num_splits,
+        return_lse=problem.return_lse,
+    )
+
+
+def cases(variant: str) -> dict[Any, Case]:
+    """By the key of its kernel, a small call for each attention kernel of a variant."""
+    capability = next(found for found, name in VARIANTS.items() if name == variant)
+    found: dict[Any, Case] = {}
+    for calls in SHIPPED:
+        for problem in calls.problems():
+            key = with_target(plan_on(problem, Card(variant, capability, 132)).key)
+            found.setdefault(key, small_case(problem, len(found)))
+    return found
