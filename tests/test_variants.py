@@ -20,7 +20,7 @@ from flash_attn4_cute.plan import ForwardKey
 from .conftest import ROOT
 
 # Two kernels that append and one forward: seconds to compile, and all that a package is made of.
-FORWARD = "ForwardKey.*torch.float16.*head_dim=64,.*has_right=False.*DENSE"
+FORWARD = "ForwardKey.*torch.float16.*head_dim=128,.*has_right=False.*DENSE"
 SUBSET = f"AppendKey.*head_dim=64,.*rotary_dim=0|{FORWARD}"
 
 
@@ -82,7 +82,7 @@ def test_the_set_of_a_variant(variant):
 
 def test_cards_of_a_family_share_code():
     assert shipped.shipped_keys("sm120a") == shipped.shipped_keys("sm121a")
-    assert len(shipped.all_keys()) < 520
+    assert len(shipped.all_keys()) < 540
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ SHIPPED: tuple[Calls, ...] = (
     ),
     Calls(
         what="prefill, dense and packed: no mask, causal",
-        dims=((64, 64), (128, 128)),
+        dims=((128, 128),),
         masks=(FULL, CAUSAL),
         layouts=PACKED,
         dtypes=(FP16,),
@@ -154,7 +154,20 @@ SHIPPED: tuple[Calls, ...] = (
         fixed=(("has_seqused_k", True),),
     ),
     Calls(
-        what="decoding and chunked prefill from pages of 16, or of 64 and more",
+        what="chunked prefill from pages of 16, or of 64 and more",
+        dims=((64, 64), (128, 128), (256, 256)),
+        masks=(CAUSAL,),
+        layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
+    ),
+    Calls(
+        what="chunked prefill from pages with sinks (gpt-oss)",
+        dims=((64, 64),),
+        masks=(CAUSAL, WINDOW),
+        layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
+        fixed=SINK,
+    ),
+    Calls(
+        what="decoding and short chunks from pages of 16, or of 64 and more",
         dims=((64, 64), (128, 128), (256, 256)),
         masks=(CAUSAL,),
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64), (DENSE, PAGED, 64)),
