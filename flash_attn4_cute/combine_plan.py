@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import compiler
 from .checks import refuse
+from .decode_arguments import CombineArgs
 from .device import supported_card
 from .problem import is_aligned
 from .splits import MAX_SPLITS
@@ -32,6 +33,11 @@ class CombineKey:
     vector: int
     stacked: bool
     packed: bool
+
+    @property
+    def family(self) -> str:
+        """The kernels' architecture family: one source serves every card."""
+        return "sm120"
 
     def trace(self) -> tuple:
         """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
@@ -77,9 +83,6 @@ def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: 
     if len(outs) == 2:
         outs, lses = _alike(outs), _alike(lses)
     key = combine_key(outs, out)
-    compiler.load_cutlass()
-    from .decode_arguments import CombineArgs
-
     args = CombineArgs(
         outs[0] if key.stacked else outs,
         lses[0] if key.stacked else lses,

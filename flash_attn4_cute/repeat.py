@@ -62,6 +62,8 @@ class Repeat:
         kernel, arguments = launched
         if problem.misfits or problem.dropout_p or not isinstance(kernel, Kernel):
             return None
+        if kernel.program.decisive:
+            return None
         return Repeat(problem, kernel, arguments)
 
     def __call__(self, tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from flash_attn4_cute.rules import BandRule
 from .conftest import ROOT
 from .cross_compile import keys
 
-NOTHING = Program((), (), (), (), (), ())
+NOTHING = Program((), (), (), (), (), (), ())
 KERNEL = Kernel(b"machine code", NOTHING)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..append_plan import AppendKey
+from ..combine_plan import CombineKey
 from ..compiler import with_target
 from ..device import VARIANTS, Card
 from ..mask_rule import FULL, Band
@@ -213,6 +214,20 @@ def append_keys(variant: str) -> Iterator[AppendKey]:
         )
 
 
+def combine_keys(variant: str) -> Iterator[CombineKey]:
+    """Merging stacked float32 parts, and two results; dense and packed."""
+    for dim, stacked, packed in product((64, 128, 256), (True, False), (False, True)):
+        yield CombineKey(
+            variant=variant,
+            dtype=torch.float32 if stacked else BF16,
+            out_dtype=BF16,
+            head_dim=dim,
+            vector=4,
+            stacked=stacked,
+            packed=packed,
+        )
+
+
 def shipped_keys(variant: str) -> list[Any]:
     """The keys of the kernels that `variant` is shipped with, in a fixed order, each once."""
     capability = next(found for found, name in VARIANTS.items() if name == variant)
@@ -221,7 +236,7 @@ def shipped_keys(variant: str) -> list[Any]:
     for calls in SHIPPED:
         for problem in calls.problems():
             found[with_target(plan_on(problem, card).key)] = None
-    for key in append_keys(variant):
+    for key in (*append_keys(variant), *combine_keys(variant)):
         found[with_target(key)] = None
     return list(found)
 

@@ -21,6 +21,8 @@ def sources_of(key: Any) -> list[Path]:
     kernel = type(key).__name__
     if kernel == "AppendKey":
         return list(_closure("append_kv.py", COMMON))
+    if kernel == "CombineKey":
+        return list(_closure("combine.py", (*COMMON, "decode_signature.py")))
     if kernel == "DecodeKey":
         return list(_closure(f"{key.family}/decode.py", (*COMMON, "decode_signature.py")))
     return list(_closure(f"{key.family}/forward.py", COMMON))

@@ -141,6 +141,7 @@ class Kernel:
         pointers = [i for i, found in enumerate(program.inputs) if found.kind == POINTER]
         self.pointer_numbers = {source: n for n, source in enumerate(pointers)}
         self.pointer_inputs = [program.inputs[i] for i in pointers]
+        self._free = [i for i in pointers if i not in program.decisive]
         self._lock = threading.Lock()
         self._loaded: tuple[Driver, int] | None = None
         self._handles: dict[tuple[str, int], int] = {}
@@ -156,11 +157,10 @@ class Kernel:
         inputs = [found.read(arguments) for found in self.program.inputs]
         driver = drivers.cuda_driver()
         device = self._device(arguments)
-        fixed = tuple(
-            0 if found.kind == POINTER else value
-            for found, value in zip(self.program.inputs, inputs, strict=True)
-        )
-        key = (id(driver), device, fixed)
+        fixed = list(inputs)
+        for i in self._free:
+            fixed[i] = 0
+        key = (id(driver), device, *fixed)
         ready = self._ready.get(key)
         if ready is None:
             if len(self._ready) >= _MAX_READY:

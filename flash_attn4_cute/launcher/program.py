@@ -103,7 +103,9 @@ class Program:
     """All launches of one call.
 
     `follows` are the slots that lie at a constant distance from a pointer, as (slot, input): where
-    nothing but addresses differs from an earlier call, only these change.
+    nothing but addresses differs from an earlier call, only these change. `decisive` are pointers
+    that decide something else too, such as their distance from another: calls with other addresses
+    there are other calls.
     """
 
     inputs: tuple[Input, ...]
@@ -112,6 +114,7 @@ class Program:
     launches: tuple[Launch, ...]
     attributes: tuple[KernelAttribute, ...]
     follows: tuple[tuple[int, int], ...]
+    decisive: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As lists and numbers."""
@@ -131,6 +134,7 @@ class Program:
             ],
             "attributes": [[a.kernel, a.number, a.value] for a in self.attributes],
             "follows": [list(pair) for pair in self.follows],
+            "decisive": list(self.decisive),
         }
 
     @staticmethod
@@ -156,6 +160,7 @@ class Program:
             ),
             tuple(KernelAttribute(*attribute) for attribute in data["attributes"]),
             tuple((slot, source) for slot, source in data["follows"]),
+            tuple(data["decisive"]),
         )
 
     def functions(self) -> list[tuple[Callable[..., int], tuple[int, ...]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from .host_code import HostCode, HostLaunch, Slot, Steps, Value
@@ -153,8 +154,9 @@ def _assemble(
     )
     launches = tuple(_launch(launch, numbered) for launch in host.launches)
     kept = tuple(inputs[i] for i in used)
-    program = Program(kept, tuple(constants), steps, launches, attributes, ())
-    return Program(kept, tuple(constants), steps, launches, attributes, _follows(program))
+    program = Program(kept, tuple(constants), steps, launches, attributes, (), ())
+    follows, decisive = _pointers(program)
+    return replace(program, follows=follows, decisive=decisive)
 
 
 def _needed(host: HostCode) -> tuple[set[Value], list[tuple[tuple, Slot]]]:
@@ -189,12 +191,8 @@ def _launch(launch: HostLaunch, numbered: dict[Value, int]) -> Launch:
     )
 
 
-def _follows(program: Program) -> tuple[tuple[int, int], ...]:
-    """See `Program`; tried out with addresses.
-
-    Raises:
-        Untranslatable: something depends on an address in another way.
-    """
+def _pointers(program: Program) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """What follows addresses and which decide more, see `Program`; tried out with addresses."""
     pointers = [i for i, found in enumerate(program.inputs) if found.kind == POINTER]
     moving = set(pointers)
     first = len(program.inputs) + len(program.constants)
@@ -207,22 +205,22 @@ def _follows(program: Program) -> tuple[tuple[int, int], ...]:
     functions = program.functions()
     base = [1 << 40 if i in pointers else 48 for i in range(len(program.inputs))]
     before = evaluate(program, functions, base)
-    found = []
+    found, decisive = [], set()
     for slot in sorted(stored & moving):
-        sources = []
+        sources, follows = set(), True
         for i in pointers:
             for shift in (16, 0x12340, 0x7FFF_FFFF_FFF0 - base[i]):
                 moved = evaluate(
                     program, functions, [x + shift * (i == j) for j, x in enumerate(base)]
                 )
                 if moved[slot] != before[slot]:
-                    sources.append(i)
-                if moved[slot] not in (before[slot], before[slot] + shift):
-                    raise Untranslatable(f"slot {slot} depends on an address, but does not follow")
-        if len(set(sources)) != 1:
-            raise Untranslatable(f"slot {slot} follows {len(set(sources))} addresses")
-        found.append((slot, sources[0]))
-    return tuple(found)
+                    sources.add(i)
+                    follows = follows and moved[slot] == before[slot] + shift
+        if follows and len(sources) == 1:
+            found.append((slot, *sources))
+        else:
+            decisive |= sources
+    return tuple(found), tuple(sorted(decisive))
 
 
 def _cubin(text: str) -> bytes:

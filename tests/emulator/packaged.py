@@ -27,8 +27,9 @@ if __name__ == "__main__":
     ptx_emulator.bootstrap()
 
 from flash_attn4_cute.append_plan import AppendKey
-from flash_attn4_cute.build.shipped import append_keys
+from flash_attn4_cute.build.shipped import append_keys, combine_keys
 from flash_attn4_cute.build.variants import PTX_SUFFIX, cached
+from flash_attn4_cute.combine_plan import CombineKey
 from flash_attn4_cute.compiler import with_target
 from flash_attn4_cute.device import VARIANTS
 from flash_attn4_cute.launcher import entry
@@ -37,8 +38,9 @@ from tests import harness
 from tests.append_cases import Append
 from tests.cases import Case
 from tests.shipped_cases import cases
+from tests.test_merge import close
 
-from . import test_ours_append
+from . import test_ours_append, test_ours_merge
 from .on_cards import card
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,12 +93,16 @@ class Package:
         """Answer a call with the kernel of `key`, and judge the answer."""
         name, arch = self.remember(key), CARD_OF[key.variant]
         self.taken.clear()
-        if case is None:
+        kernels = f"{self.fa4.__name__}.flash_attn4_cute"
+        if isinstance(key, AppendKey):
             with self.in_place("flash_attn4_cute"):
                 test_ours_append.assert_right(small_append(key), arch, 1)
+        elif isinstance(key, CombineKey):
+            with self.in_place(kernels), card(self.fa4, arch, 1):
+                merge(self.fa4, key)
         else:
             call = harness.build(case, torch.device("cpu"))
-            with self.in_place(f"{self.fa4.__name__}.flash_attn4_cute"), card(self.fa4, arch, 1):
+            with self.in_place(kernels), card(self.fa4, arch, 1):
                 answer = harness.run(self.fa4, call)
             harness.judge(call, answer)
         assert name in self.taken, f"another kernel answered: {self.taken}"
@@ -113,6 +119,20 @@ def small_append(key: AppendKey) -> Append:
     )
 
 
+def merge(fa4: ModuleType, key: CombineKey) -> None:
+    """A small merge by the same kernel, judged."""
+    out, lse = test_ours_merge.stacked(5 if key.stacked else 2, (1, 6, 3, key.head_dim), key.dtype)
+    truth, truth_lse = test_ours_merge.expected(out, lse)
+    if key.packed:
+        out, lse, truth, truth_lse = out[:, 0], lse[:, 0], truth[0], truth_lse[0]
+    if key.stacked:
+        got, got_lse = fa4.flash_attn_combine(out, lse, out_dtype=key.out_dtype)
+    else:
+        got, got_lse = fa4.merge_attention_states(out[0], lse[0], out[1], lse[1])
+    close(got, truth, key.out_dtype)
+    close(got_lse, truth_lse)
+
+
 def wanted(target: str) -> dict[Any, Case | None]:
     """Every kernel of a target with the call that it is run by; None for those that append."""
     found: dict[Any, Case | None] = {}
@@ -120,7 +140,7 @@ def wanted(target: str) -> dict[Any, Case | None]:
         for key, case in cases(variant).items():
             if key.variant == target:
                 found.setdefault(key, case)
-        for key in append_keys(variant):
+        for key in (*append_keys(variant), *combine_keys(variant)):
             if with_target(key).variant == target:
                 found.setdefault(with_target(key), None)
     return found

@@ -12,6 +12,7 @@ from .packaged import CARD_OF, Package, wanted
 SAMPLE = {
     "sm90a": "DecodeKey.*head_dim=64.*PAGED.*box_n=16, is_split=True.*sink=None",
     "sm120f": "AppendKey.*head_dim=64,.*rotary_dim=64.*paged=True",
+    "sm100f": "CombineKey.*head_dim=64.*stacked=False, packed=True",
 }
 
 
