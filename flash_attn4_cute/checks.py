@@ -55,6 +55,17 @@ def as_int(name: str, value: Any) -> int:
         ) from None
 
 
+def as_maximum(name: str, value: Any) -> int | None:
+    """An upper bound as an int; None, "derive it from the shapes", for a 0-d tensor on a device.
+
+    Reading it from there would stall every call, and fail while a CUDA graph is captured.
+    """
+    on_device = isinstance(value, Tensor) and value.device.type != "cpu"
+    if on_device and value.dim() == 0 and value.dtype in (torch.int32, torch.int64):
+        return None
+    return as_int(name, value)
+
+
 def as_float(name: str, value: Any) -> float:
     """`value` as a finite float: numbers and 0-d CPU tensors are accepted."""
     if type(value) is not float:

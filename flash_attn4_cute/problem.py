@@ -93,7 +93,8 @@ class AttentionOptions:
 
     softmax_scale None is 1 / sqrt(d); softcap 0.0 or None is off; num_splits 0 lets the plan
     decide; a maximum of None is derived from the tensors' shapes. NumPy numbers and 0-d CPU
-    tensors become plain numbers, so that one kernel serves them all.
+    tensors become plain numbers, so that one kernel serves them all; a maximum that lies on a
+    device becomes None.
     """
 
     mask: MaskRule = FULL
@@ -126,7 +127,7 @@ class AttentionOptions:
         if type(self.num_splits) is not int:
             self._canonicalise(checks.as_int, "num_splits")
         if self.max_seqlen_q is not None or self.max_seqlen_k is not None:
-            self._canonicalise(checks.as_int, "max_seqlen_q", "max_seqlen_k")
+            self._canonicalise(checks.as_maximum, "max_seqlen_q", "max_seqlen_k")
         if self.pack_gqa is not None and self.pack_gqa is not True and self.pack_gqa is not False:
             raise checks.refuse(
                 TypeError,

@@ -70,6 +70,16 @@ def test_kinds_of_integers(fa4, packed, kind):
     assert type(options.max_seqlen_q) is int
 
 
+def test_a_maximum_on_a_device_is_derived_from_the_shapes(fa4):
+    """It is not read; what is no 0-d integer is refused as ever."""
+    options = fa4.flash_attn4_cute.problem.AttentionOptions
+    there = torch.tensor(4, device="meta")
+    assert options(max_seqlen_q=there, max_seqlen_k=there) == options()
+    for wrong in (there.float(), there[None]):
+        with pytest.raises(TypeError, match="max_seqlen_q"):
+            options(max_seqlen_q=wrong)
+
+
 def test_the_same_call_is_the_same_problem(fa4, packed):
     """Calls that differ in values only share one problem, so nothing is planned twice."""
     problem = fa4.flash_attn4_cute.problem

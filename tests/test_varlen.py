@@ -35,6 +35,22 @@ def test_fa2143_max_seqlen_of_any_integer_type(fa4, device, kind):
     assert harness.same_bits(plain, harness.run(fa4, call))
 
 
+def test_max_seqlen_on_the_device(fa4, device):
+    """As transformers passes it for packed sequences: the same answer, and nothing is read back."""
+    call = harness.build(packed("max_seqlen", causal=True), device)
+    plain = harness.run(fa4, call)
+    for name in ("max_seqlen_q", "max_seqlen_k"):
+        call.tensors[name] = torch.tensor(call.tensors[name], dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        answer = harness.run_uncut(fa4, call)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert harness.same_bits(plain, harness.cut(call, *answer))
+
+
 @pytest.mark.parametrize("slack", [1, 100, 5000])
 def test_max_seqlen_may_exceed_every_length(fa4, device, slack):
     """Engines pad the maxima (powers of two, graph buckets): the same answer, bit for bit."""

@@ -133,8 +133,8 @@ def flash_attn_varlen_func(
             float8_e4m3fn.
         cu_seqlens_q, cu_seqlens_k: int32 (b + 1,), the starts of the sequences and the end of the
             last one. With a page table, cu_seqlens_k gives the lengths only.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; int, NumPy integer or 0-d CPU
-            tensor. None: derived from the shapes.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; int, NumPy integer or 0-d tensor.
+            None: derived from the shapes, as for a tensor on a GPU, which is not waited for.
         seqused_q, seqused_k: int32 (b,), how many tokens of each sequence count.
         block_table, page_table: int32 (b, max_pages), two names of one argument: the pages of each
             sequence in order. Entries past its end may be anything and are never read.
