@@ -78,6 +78,24 @@ def test_by_the_helper(fa4, model, calls, redirected, padding):
     assert not torch.allclose(logits(model, padding=padding), ours, atol=1e-2)
 
 
+def test_gradients_of_sinks(model, fa4, redirected):
+    """Training through the kernel: sinks have a gradient, on windowed and on full layers."""
+    ids = torch.randint(1, 128, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    gradients = {}
+    for implementation in ("eager", REPO_ID):
+        model.set_attn_implementation("eager")
+        if implementation != "eager":
+            fa4.use_in_transformers(model, implementation)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        attention = [layer.self_attn for layer in model.model.layers]
+        gradients[implementation] = [
+            parameter.grad.clone() for a in attention for parameter in (a.sinks, a.q_proj.weight)
+        ]
+    torch.testing.assert_close(gradients[REPO_ID], gradients["eager"])
+    assert all(gradient.any() for gradient in gradients["eager"])
+
+
 def test_helper_says_when_another_kernel_would_run(fa4, model, redirected, monkeypatch):
     """As a release of transformers might do that looks elsewhere for the list."""
     adjust = type(model)._check_and_adjust_attn_implementation

@@ -94,3 +94,13 @@ def test_training_step(model, calls, tmp_path):
         gradients[implementation] = [parameter.grad for parameter in loaded.parameters()]
     torch.testing.assert_close(gradients[REPO_ID], gradients["eager"])
     assert calls == ["flash_attn_varlen_func"] * LAYERS
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_is_refused(model, device):
+    """There is no backward pass there yet, and a loss must not come without its gradients."""
+    copied = copy.deepcopy(model).to(device, torch.bfloat16)
+    use(copied, REPO_ID)
+    inputs = prompts(padded=True, device=device)
+    with pytest.raises(NotImplementedError, match="requires_grad=True"):
+        copied(**inputs, labels=inputs["input_ids"])

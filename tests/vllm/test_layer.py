@@ -38,7 +38,10 @@ def randn(*shape, dtype):
 
 
 def step(batch=BATCH, dtype=torch.float32, cache_dtype=None) -> Step:
-    """A step of the engine: earlier tokens are in the cache, this step's are not yet."""
+    """A step of the engine: earlier tokens are in the cache, this step's are not yet.
+
+    Tensors are made on PyTorch's default device.
+    """
     lengths = [total for _, total in batch]
     keys, values = ([randn(n, KV_HEADS, D, dtype=dtype) for n in lengths] for _ in range(2))
     pages = torch.randperm(PAGES - 1) + 1
@@ -67,7 +70,7 @@ def step(batch=BATCH, dtype=torch.float32, cache_dtype=None) -> Step:
         cache = cache.to(FP8).view(torch.uint8)
     common = CommonAttentionMetadata(
         query_start_loc=starts,
-        query_start_loc_cpu=starts,
+        query_start_loc_cpu=starts.cpu(),
         seq_lens=torch.tensor(lengths, dtype=torch.int32),
         num_reqs=len(batch),
         num_actual_tokens=int(starts[-1]),
@@ -75,14 +78,17 @@ def step(batch=BATCH, dtype=torch.float32, cache_dtype=None) -> Step:
         max_seq_len=max(lengths),
         block_table_tensor=block_table,
         slot_mapping=torch.cat([s[len(s) - n :] for s, (n, _) in zip(slots, batch, strict=True)]),
-        seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(lengths, dtype=torch.int32).cpu(),
     )
     made = Step(common, randn(int(starts[-1]), HEADS, D, dtype=dtype), news, keys, values, cache)
-    layer(fp8=cache_dtype == FP8).do_kv_cache_update(SCALES, *olds, cache, old_slots)
+    layer(fp8=cache_dtype == FP8).do_kv_cache_update(scales(cache), *olds, cache, old_slots)
     return made
 
 
-SCALES = SimpleNamespace(_k_scale=torch.tensor(K_SCALE), _v_scale=torch.tensor(V_SCALE))
+def scales(cache):
+    """What a layer knows of an fp8 cache, as vLLM's own layer has it."""
+    factors = torch.tensor([K_SCALE, V_SCALE], device=cache.device)
+    return SimpleNamespace(_k_scale=factors[0], _v_scale=factors[1])
 
 
 def layer(fp8=False, **options):
@@ -102,9 +108,10 @@ def run(made: Step, impl, metadata=None) -> list[torch.Tensor]:
     """Both halves of a layer's work -> out of each request."""
     if metadata is None:
         metadata = builder().build(0, made.common)
-    impl.do_kv_cache_update(SCALES, *made.new, made.cache, made.common.slot_mapping)
+    known = scales(made.cache)
+    impl.do_kv_cache_update(known, *made.new, made.cache, made.common.slot_mapping)
     out = torch.full_like(made.q, torch.nan)
-    impl.forward(SCALES, made.q, *made.new, made.cache, metadata, out)
+    impl.forward(known, made.q, *made.new, made.cache, metadata, out)
     starts = made.common.query_start_loc.tolist()
     return [out[a:b] for a, b in zip(starts, starts[1:], strict=False)]
 
@@ -158,11 +165,11 @@ def test_fp8_cache(kernel):
 def test_layers_that_share_a_cache(kernel):
     """Such a layer writes nothing, and reads all of its keys from the pages of another one."""
     made = step()
-    layer().do_kv_cache_update(SCALES, *made.new, made.cache, made.common.slot_mapping)
+    layer().do_kv_cache_update(scales(made.cache), *made.new, made.cache, made.common.slot_mapping)
     metadata = builder().build(0, made.common)
     out = torch.full_like(made.q, torch.nan)
     sharing = layer(kv_sharing_target_layer_name="another")
-    sharing.forward(SCALES, made.q, None, None, made.cache, metadata, out)
+    sharing.forward(scales(made.cache), made.q, None, None, made.cache, metadata, out)
     starts = made.common.query_start_loc.tolist()
     outs = [out[a:b] for a, b in zip(starts, starts[1:], strict=False)]
     judge(made, outs, Rule(causal=True))
@@ -223,7 +230,7 @@ def test_a_captured_step_only_calls_the_kernel(kernel, monkeypatch):
     impl = layer()
     out = torch.empty_like(made.q)
     with OnlyViews():
-        impl.forward(SCALES, made.q, *made.new, made.cache, metadata, out)
+        impl.forward(scales(made.cache), made.q, *made.new, made.cache, metadata, out)
     ((_, keys, _, starts, *_), keywords) = seen[0]
     common = made.common
     assert keys.data_ptr() == made.cache.data_ptr()
@@ -240,7 +247,7 @@ def test_slots_that_are_left_out(kernel):
     made = step()
     before = made.cache.clone()
     nowhere = torch.full_like(made.common.slot_mapping, -1)
-    layer().do_kv_cache_update(SCALES, *made.new, made.cache, nowhere)
+    layer().do_kv_cache_update(scales(made.cache), *made.new, made.cache, nowhere)
     torch.testing.assert_close(made.cache, before, equal_nan=True, rtol=0, atol=0)
 
 
@@ -249,7 +256,13 @@ def test_what_is_refused(kernel):
     metadata = builder().build(0, made.common)
     with pytest.raises(NotImplementedError, match="output_scale: .*fuse_attn_quant"):
         layer().forward(
-            SCALES, made.q, *made.new, made.cache, metadata, made.q, output_scale=SCALES._k_scale
+            scales(made.cache),
+            made.q,
+            *made.new,
+            made.cache,
+            metadata,
+            made.q,
+            output_scale=scales(made.cache)._k_scale,
         )
     made.common.causal = torch.ones(len(BATCH), dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="causal=a tensor"):
@@ -258,4 +271,4 @@ def test_what_is_refused(kernel):
 
 def test_memory_is_measured_without_metadata(kernel):
     out = torch.full((3, HEADS, D), torch.nan)
-    assert layer().forward(SCALES, out, out, out, torch.empty(0), None, out).eq(0).all()
+    assert layer().forward(scales(out), out, out, out, torch.empty(0), None, out).eq(0).all()
