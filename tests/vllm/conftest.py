@@ -21,6 +21,7 @@ import torch
 os.environ.update(
     FLASH_ATTN_4_REPLACES="CPU_ATTN",
     VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",  # two servers would be bound to the same core
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_HOST_IP="127.0.0.1",
     VLLM_NO_USAGE_STATS="1",

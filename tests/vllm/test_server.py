@@ -15,7 +15,7 @@ import pytest
 
 from ..conftest import REPO_ID, ROOT
 
-DEADLINE_S = 400
+DEADLINE_S = 600
 PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):"]
 CHAT = [{"role": "user", "content": "Why is the sky blue? Answer in one sentence."}]
 MODEL = "smollm2"
