@@ -112,8 +112,8 @@ class FlashAttn4MetadataBuilder(AttentionMetadataBuilder[FlashAttn4Metadata]):
 def _num_cached(common: CommonAttentionMetadata) -> int:
     """How many requests to read from the pages; those after them have all their keys at hand.
 
-    The forward kernel reads packed keys, the decode kernel pages: a prompt without earlier tokens
-    is better off with the former. Every request counts as cached where the host knows no better.
+    A prompt without earlier tokens need not wait for its pages, and what decodes beside it is left
+    to the decode kernel. Every request counts as cached where the host knows no better.
     """
     longest = getattr(common, "seq_lens_cpu_upper_bound", None)
     if longest is None or not common.causal:
