@@ -70,9 +70,10 @@ def test_splits(fa4, card, changes, splits):  # noqa: F811
     assert f"splits: {plan.num_splits}" in plan.explain()
 
 
-def test_dropout_with_pages(fa4, card):  # noqa: F811
-    """The tcgen05 kernel does both at once, the mma.sync kernels one each."""
-    problem = paged(fa4, 16, dropout_p=0.1, num_splits=2)
-    assert card(B200).make_plan(problem).key.family == "sm100"
-    with pytest.raises(NotImplementedError, match="dropout_p=0.1 .*page_table, num_splits"):
+def test_dropout_in_packed_tiles(fa4, card):  # noqa: F811
+    """The tcgen05 kernel packs heads beside all else, of the mma.sync kernels only the decode's."""
+    problem = paged(fa4, 16, dropout_p=0.1, num_splits=2, pack_gqa=True, num_heads_kv=1)
+    chosen = card(B200).make_plan(problem)
+    assert chosen.key.family == "sm100" and chosen.key.cfg.group == 4
+    with pytest.raises(NotImplementedError, match="dropout_p=0.1 .*pack_gqa"):
         card((12, 0)).make_plan(problem)

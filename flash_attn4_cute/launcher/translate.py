@@ -203,7 +203,9 @@ def _pointers(program: Program) -> tuple[tuple[tuple[int, int], ...], tuple[int,
     for launch in program.launches:
         stored.update(launch.grid, launch.block)
     functions = program.functions()
-    base = [1 << 40 if i in pointers else 48 for i in range(len(program.inputs))]
+    # Heads are divided by those that share tiles, 128 at most, and what remains divides.
+    size = 48 * 128
+    base = [1 << 40 if i in pointers else size for i in range(len(program.inputs))]
     before = evaluate(program, functions, base)
     found, decisive = [], set()
     for slot in sorted(stored & moving):

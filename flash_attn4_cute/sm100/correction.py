@@ -9,7 +9,8 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from ..common.softmax import LOG2_E
-from .epilogue import Epilogue
+from .epilogue import Epilogue, wait_until_read
+from .output import OutputStore
 from .rings import Rings
 from .softmax import Statistics
 from .tiles import WARP_SIZE, WARPS_PER_GROUP, TileConfig
@@ -34,6 +35,7 @@ class CorrectionRole:
     score: Constexpr[Any]
     tmem: Constexpr[TmemMap]
     statistics: Statistics
+    output: OutputStore | None
     sO: cute.Tensor  # where each warp stages its own 32 rows
     rings: Rings
     queue: WorkQueue
@@ -70,6 +72,13 @@ class CorrectionRole:
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     self.epilogue(work, tile, thread).store_nothing(args)
             turn += 1
+        self.end()
+
+    @cute.jit
+    def end(self):
+        """The CTA's memory must outlive the stores that read it."""
+        if const_expr(self.output is not None):
+            wait_until_read(cute.arch.lane_idx())
 
     @cute.jit
     def take_statistics(self, tile: Constexpr[int], thread: Int32, phase: Int32):
@@ -124,4 +133,4 @@ class CorrectionRole:
         epilogue.store_o(args, self.tmem.o[tile], inverse)
 
     def epilogue(self, work: Work, tile: int, thread: Int32) -> Epilogue:
-        return Epilogue(self.cfg, self.sO, work, tile, thread)
+        return Epilogue(self.cfg, self.output, self.sO, work, tile, thread)

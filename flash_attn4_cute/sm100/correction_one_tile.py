@@ -53,3 +53,4 @@ class CorrectionOneTileRole(CorrectionRole):
             elif work.token < work.seqlen.seqlen_q:
                 self.epilogue(work, 0, thread).store_nothing(args)
             turn += 1
+        self.end()

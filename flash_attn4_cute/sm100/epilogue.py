@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ..arguments import ForwardArgs
+from .output import OutputStore
 from .tiles import STAGED_BYTES, WARP_SIZE, TileConfig
 from .tmem import TmemRow, wait_loads
 from .work import Work
@@ -19,12 +20,13 @@ CHUNK = 16  # columns of O in registers at a time: one MMA step, so that they di
 class Epilogue:
     """For the 128 rows of Q tile `tile`, of which thread `thread` has one.
 
-    A warp stages its rows in `sO` (128, columns), some columns at a time, to store 16 bytes a lane
-    along each row. It shares the memory with no other warp. If keys are split, O and LSE are
-    float32 with the splits in front.
+    A warp stages its rows in `sO` (128, columns), some columns at a time, from where TMA or the
+    lanes store them, 16 bytes a lane along each row. It shares the memory with no other warp. If
+    keys are split, O and LSE are float32 with the splits in front.
     """
 
     cfg: Constexpr[TileConfig]
+    output: OutputStore | None  # None: the lanes store every row
     sO: cute.Tensor
     work: Work
     tile: Constexpr[int]
@@ -42,7 +44,11 @@ class Epilogue:
     @cute.jit
     def store_o(self, args: ForwardArgs, first_column: Constexpr[int], inverse: Float32):
         """Store O * inverse, O in tensor memory from `first_column` on."""
+        lane = cute.arch.lane_idx()
+        warp_row = self.thread - lane
         for start in cutlass.range_constexpr(0, self.cfg.head_dim_v, self.staged_columns):
+            if const_expr(self.output is not None):
+                wait_until_read(lane)
             cute.arch.sync_warp()
             for column in cutlass.range_constexpr(start, self.staged_end(start), CHUNK):
                 rO = cute.make_rmem_tensor(CHUNK, Float32)
@@ -55,8 +61,18 @@ class Epilogue:
                 rounded = cute.make_rmem_tensor(CHUNK, self.sO.element_type)
                 rounded.store(rO.load().to(self.sO.element_type))
                 self.stage(rounded, column - start)
-            cute.arch.sync_warp()
-            self.store_staged(args, start)
+            if const_expr(self.output is None):
+                cute.arch.sync_warp()
+                self.store_staged(args, start)
+            else:
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.sync_warp()
+                if self.output.takes(self.work, self.tile, warp_row):
+                    if lane == 0:
+                        chunk = start // self.staged_columns
+                        self.output.store(self.work, (self.tile, warp_row), chunk, self.sO)
+                else:
+                    self.store_staged(args, start)
 
     @cute.jit
     def store_nothing(self, args: ForwardArgs):
@@ -129,6 +145,13 @@ class Epilogue:
             if self.work.has_row(self.tile, self.thread):
                 token, head = self.place(self.thread)
                 self.own(args, args.mLSE, 3)[head, token] = lse
+
+
+@cute.jit
+def wait_until_read(lane: Int32):
+    """Wait until TMA has read what this warp has staged; its first lane has begun the stores."""
+    if lane == 0:
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
 def _copy_vector(source: cute.Tensor, target: cute.Tensor, elements: int):

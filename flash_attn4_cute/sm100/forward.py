@@ -36,6 +36,7 @@ from .load import LoadRole
 from .load_one_tile import LoadOneTileRole
 from .mma import MmaRole
 from .mma_one_tile import MmaOneTileRole
+from .output import OutputStore, OutputTile
 from .products import Products, SmemOperand, smem_address, swizzle_columns
 from .query import QueryLoader, QueryTile
 from .rings import Rings
@@ -101,6 +102,7 @@ class ForwardSm100:
             self.k_tile.tma_load(rows_first(args.mK), self.copy_op()),
             self.v_tile.tma_load(mV, self.copy_op()),
             self.v_tile.tma_load(mV),
+            self.output_tma(args),
         )
         if const_expr(args.mWorkspace is None):
             self.launch(args, tma, scheduler, stream)
@@ -115,13 +117,20 @@ class ForwardSm100:
         cfg = self.cfg
         # At least one pair, also on a card that the plan gives an odd number of SMs.
         most = cutlass.max(args.max_ctas // cfg.ctas, 1)
-        self.kernel(args, tuple((atom, mX) for atom, mX in tma), scheduler).launch(
+        self.kernel(args, tuple((atom, mX) for atom, mX in tma if atom), scheduler).launch(
             grid=[cutlass.min(scheduler.num_tiles(), most) * cfg.ctas, args.num_splits, 1],
             block=[cfg.num_threads, 1, 1],
             cluster=[cfg.ctas, 1, 1] if cfg.ctas > 1 else None,
             stream=stream,
             min_blocks_per_mp=1,
         )
+
+    def output_tma(self, args: ForwardArgs) -> tuple:
+        """The copy atom and TMA tensor that store O, or Nones."""
+        if args.mWorkspace is not None or not OutputTile.fits(self.cfg.group):
+            return None, None
+        tile = OutputTile(args.mO.element_type, self.rows)
+        return tile.tma_store(pack_heads(rows_first(args.mO), self.rows.group))
 
     def copy_op(self):
         """A copy by TMA; in a pair of CTAs, it signals the leader's barriers."""
@@ -176,7 +185,8 @@ class ForwardSm100:
                 self.mma_role(sQ, sK, rings, queue).run(args)
         elif warp >= roles.softmax_end:
             cute.arch.setmaxregister_decrease(cfg.registers.correction)
-            self.correction_role(statistics, sO, rings, queue).run(args)
+            output = self.output_store(args, *tma[4:])
+            self.correction_role(statistics, output, sO, rings, queue).run(args)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.softmax)
             SoftmaxRole(cfg, self.dtype, self.score, statistics, rings, queue).run(args)
@@ -224,10 +234,19 @@ class ForwardSm100:
             queue,
         )
 
-    def correction_role(self, statistics: Statistics, sO, rings: Rings, queue) -> CorrectionRole:
+    def output_store(self, args: ForwardArgs, tma: tuple = ()) -> OutputStore | None:
+        """How O is stored by TMA; `tma` is empty if it is not."""
+        if not tma:
+            return None
+        ends_with_memory = args.mCuSeqlensQ is None and args.mSeqUsedQ is None
+        return OutputStore(OutputTile(args.mO.element_type, self.rows), ends_with_memory, *tma)
+
+    def correction_role(
+        self, statistics: Statistics, output, sO, rings: Rings, queue
+    ) -> CorrectionRole:
         """The correction role."""
         role = CorrectionRole if self.cfg.q_tiles == 2 else CorrectionOneTileRole
-        return role(self.cfg, self.score, self.tmem, statistics, sO, rings, queue)
+        return role(self.cfg, self.score, self.tmem, statistics, output, sO, rings, queue)
 
     def allocate_statistic(self, smem) -> cute.Tensor:
         """One float a row, for each slot of S."""
