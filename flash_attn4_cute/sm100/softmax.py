@@ -17,6 +17,7 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from ..common.dropout import Dropout
+from ..common.mask import BandMask
 from ..common.score import ScoreSteps
 from ..common.softmax import LOG2_E, RESCALE_THRESHOLD
 from .arithmetic import (
@@ -91,26 +92,21 @@ class SoftmaxRole:
                     rings.s.wait_full(slot, s_phase)
                     fence_after_sync()
                     corner = (token, n_block * BLOCK_N)
-                    rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
                     tStS = TmemRow(slot * BLOCK_N, BLOCK_N, thread)
                     masked = n_block < full_lo or n_block >= full_hi
-                    if const_expr(self.cfg.max_on_load and not (steps.any or rule.block_sparse)):
-                        largest = tStS.load_with_max(rS, LOAD_WIDTH)
+                    if const_expr(steps.any or rule.block_sparse):
+                        self.load_scores(rS, tStS, (work, work.last - i), steps, corner, masked)
+                        m_new = row_max(rS, m)
+                    else:
+                        if masked:
+                            mask_in_place(tStS, work.mask, corner)
+                        if const_expr(self.cfg.max_on_load):
+                            largest = tStS.load_with_max(rS, LOAD_WIDTH)
+                        else:
+                            tStS.load(rS, LOAD_WIDTH)
+                            largest = rS
                         wait_loads()
                         m_new = row_max(largest, m)
-                        if masked:
-                            work.mask.apply(rS_mn, places, corner[0], corner[1])
-                            m_new = row_max(rS, m)
-                    else:
-                        tStS.load(rS, LOAD_WIDTH)
-                        wait_loads()
-                        if const_expr(steps.any):
-                            steps.apply(rS_mn, places, corner[0], corner[1])
-                        if const_expr(rule.block_sparse):
-                            work.blocks.apply_to_row(work.last - i, rS, corner[0], corner[1])
-                        if masked:
-                            work.mask.apply(rS_mn, places, corner[0], corner[1])
-                        m_new = row_max(rS, m)
                     # -inf - -inf is NaN and compares false: a row without keys keeps m = -inf.
                     behind = (m_new - m) * scale_log2 > RESCALE_THRESHOLD
                     lag = (m - m_new) * scale_log2 if behind else 0.0
@@ -136,6 +132,21 @@ class SoftmaxRole:
                 rings.final.arrive_full("softmax", tile)
                 final_phase ^= 1
             turn += 1
+
+    @cute.jit
+    def load_scores(
+        self, rS: cute.Tensor, tStS: TmemRow, at: tuple, steps: ScoreSteps, corner: tuple, masked
+    ):
+        """S as the steps and the masks make it; `at` is the work and a position in its blocks."""
+        rS_mn, places = row_view(rS), cute.make_identity_tensor((1, BLOCK_N))
+        tStS.load(rS, LOAD_WIDTH)
+        wait_loads()
+        if const_expr(steps.any):
+            steps.apply(rS_mn, places, corner[0], corner[1])
+        if const_expr(self.queue.rule.block_sparse):
+            at[0].blocks.apply_to_row(at[1], rS, corner[0], corner[1])
+        if masked:
+            at[0].mask.apply(rS_mn, places, corner[0], corner[1])
 
     @cute.jit
     def store_p(
@@ -167,6 +178,22 @@ class SoftmaxRole:
         fence_before_sync()
         self.rings.p_tail.arrive_full("softmax", slot)
         return total_of(sums)
+
+
+@cute.jit
+def mask_in_place(tStS: TmemRow, mask: BandMask, corner: tuple):
+    """Mask a row of S where it is, in tensor memory.
+
+    If the row stayed in registers, the way around the mask and the one through it would have to
+    agree on them: ptxas copies all 128 of each unmasked block.
+    """
+    rS = cute.make_rmem_tensor(BLOCK_N, Float32)
+    tStS.load(rS, LOAD_WIDTH)
+    wait_loads()
+    places = cute.make_identity_tensor((1, BLOCK_N))
+    mask.apply(row_view(rS), places, corner[0], corner[1])
+    tStS.store(rS, LOAD_WIDTH)
+    wait_stores()
 
 
 def row_view(row: cute.Tensor) -> cute.Tensor:
