@@ -21,6 +21,7 @@ _EXPECT = re.compile(r"(mbarrier\.arrive\.expect_tx.*, )(%r\d+|\d+);")
 _INIT = re.compile(r"(mbarrier\.init\S*\s+\[[^\]]+\], )(%r\d+|\d+);")
 _FENCE = re.compile(r"fence\.proxy\.async")
 _INIT_FENCE = re.compile(r"fence\.mbarrier_init")
+_CLUSTER_BARRIER = re.compile(r"barrier\.cluster\.(arrive|wait)")
 _MMA_FENCE = re.compile(r"tcgen05\.fence|wgmma\.fence")
 _BARRIER = re.compile(r"\bbar(rier)?\.sync")
 _LOAD = re.compile(r"cp\.async\.bulk\.tensor\S*\.shared::c\S*\s+\[")
@@ -84,6 +85,25 @@ def _dropped(kind: str, pattern: re.Pattern[str]) -> Maker:
     return make
 
 
+def _dropped_cluster_barriers(text: list[str]) -> Iterator[Fault]:
+    """An arrival at a cluster's barrier and the wait that follows it."""
+    for at, line in enumerate(text[:-1]):
+        if _CLUSTER_BARRIER.search(line) and _CLUSTER_BARRIER.search(text[at + 1]):
+            yield Fault("dropped cluster barrier", at, ("",), (at + 1,))
+
+
+def _commits_to_one(text: list[str]) -> Iterator[Fault]:
+    """A commit that tells one CTA of those that it should tell, rank 0 or rank 1."""
+    pattern = re.compile(r"(tcgen05\.commit\S*multicast\S*\s+\[[^\]]+\], )(%rs\d+);")
+    for at, line in enumerate(text):
+        found = pattern.search(line)
+        if not found:
+            continue
+        for mask in (1, 2):
+            scratch = f"{{ .reg .b16 %few; mov.b16 %few, {mask}; "
+            yield Fault("commit to one CTA", at, (scratch, f"{found[1]}%few; }}"))
+
+
 def _dropped_waits(text: list[str]) -> Iterator[Fault]:
     """The test of an mbarrier succeeds at once."""
     for at, line in enumerate(text):
@@ -142,8 +162,11 @@ def _constants(text: list[str]) -> dict[str, str]:
 
 
 _PLACE = r"\[(%?\w+)(?: ?\+ ?(\w+))?\]"  # an address
-_HIGH = r"(_hi, |_lo, |%r\d+, )(0x4000[0-9a-f]{4})(?=[;}])"  # of a shared-memory descriptor
-_IDESC = r"(mov\.b32 \w*idesc, )(0x[0-9a-f]+)"
+# Descriptors as upstream writes them, and as we do: the upper half of one of shared memory, ...
+_HIGH = r"(_hi, |_lo, |%r\d+, |\{lower, )(0x4000[0-9a-f]{4}(?=[;}])|1073[78]\d{5}(?=\}))"
+# ... the way to a later step in its lower half, and that of the instruction.
+_STEP = r"(add\.[su]32 (?:smem_desc_\w+, \w+|lower, \S+), )(0x[0-9a-f]+|\d+)(?=;)"
+_IDESC = r"(mov\.b32 \w*idesc, |tcgen05\.mma\.\S+ \[d\], \S+, b, )(0x[0-9a-f]+|\d+)"
 
 
 def _used(make: Maker) -> Maker:
@@ -159,11 +182,11 @@ def _used(make: Maker) -> Maker:
 
 
 def _flipped(bits: int) -> Callable[[re.Match[str]], str]:
-    return lambda found: f"{found[1]}{hex(int(found[2], 16) ^ bits)}"
+    return lambda found: f"{found[1]}{hex(int(found[2], 0) ^ bits)}"
 
 
 def _plus(number: int) -> Callable[[re.Match[str]], str]:
-    return lambda found: f"{found[1]}{hex(int(found[2], 16) + number)}"
+    return lambda found: f"{found[1]}{hex(int(found[2], 0) + number)}"
 
 
 def _coordinates(text: list[str]) -> Iterator[Fault]:
@@ -271,6 +294,11 @@ _MAKERS: dict[str, Maker] = {
     "dropped proxy fence": _dropped("dropped proxy fence", _FENCE),
     "dropped mma fence": _dropped("dropped mma fence", _MMA_FENCE),
     "dropped bar.sync": _dropped("dropped bar.sync", _BARRIER),
+    "dropped cluster barrier": _dropped_cluster_barriers,
+    "commit to one CTA": _commits_to_one,
+    "wrong CTA": _replaced(
+        "wrong CTA", r"(mapa\.shared::cluster\S*\s+%r\d+, %r\d+, )0;", lambda m: f"{m[1]}1;"
+    ),
     "dropped load": _dropped("dropped load", _LOAD),
     "dropped async wait": _dropped("dropped async wait", _ASYNC_WAIT),
     "dropped tcgen05.wait": _dropped("dropped tcgen05.wait", _TMEM_WAIT),
@@ -299,11 +327,7 @@ _MAKERS: dict[str, Maker] = {
     ),
     "descriptor stride off by one": _replaced("descriptor stride off by one", _HIGH, _plus(1)),
     "descriptor swizzle": _replaced("descriptor swizzle", _HIGH, _flipped(0xC0000000)),
-    "descriptor address off by one": _replaced(
-        "descriptor address off by one",
-        r"(add\.[su]32 smem_desc_\w+, \w+, )(0x[0-9a-f]+)",
-        _plus(1),
-    ),
+    "descriptor address off by one": _replaced("descriptor address off by one", _STEP, _plus(1)),
     "instruction N off by one": _used(
         _replaced("instruction N off by one", _IDESC, _plus(-1 << 17))
     ),

@@ -125,6 +125,7 @@ def session(
     races: bool = True,
     trace: Trace | None = None,
     hardware_sums: bool = False,
+    fences: bool = False,
 ) -> Iterator[Session]:
     """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
 
@@ -138,12 +139,14 @@ def session(
         trace: keep what each warp does, for Perfetto.
         hardware_sums: let mma.sync and wgmma add f16 and bf16 products bit for bit as an H200 does,
             not in float64; slower.
+        fences: a tcgen05.fence or tcgen05.wait::ld that the PTX manual demands and is missing is a
+            fault, although cards seem to do without.
     """
     host = bootstrap()
     card = arch if isinstance(arch, Card) else card_of(arch)
     host.set_device(card.major, card.minor, card.num_sms)
     host.set_arch(card.arch)
-    findings = Findings(collect, strict, races)
+    findings = Findings(collect, strict, races, fences)
     emulated = Session(card, schedule, host, findings, trace=trace)
     emulated.hardware_sums = hardware_sums
     before, host.on_launch = host.on_launch, emulated.launch

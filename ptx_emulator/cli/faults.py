@@ -41,12 +41,12 @@ class Subject:
     case: Case
     forward: Forward
     num_sms: int | None = None  # few, so that a CTA of a persistent kernel has several tiles
-    strict: bool = True
+    strict: bool = True  # asks for what upstream's kernels do without
 
     def session(self, schedule: int) -> Any:
         card = card_of(self.arch)
         card = replace(card, num_sms=self.num_sms or card.num_sms)
-        return session(card, schedule, strict=self.strict)
+        return session(card, schedule, strict=self.strict, fences=self.strict)
 
 
 def _case(**changes: Any) -> Case:
@@ -68,6 +68,31 @@ SUBJECTS = {
         _case(seqlen_q=300, seqlen_k=600, right=0),
         third_party.forward,
         strict=False,
+    ),
+    "ours-sm100a": Subject(
+        "sm_100a",
+        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
+        ours.forward,
+        num_sms=1,
+    ),
+    "ours-sm100a-pair": Subject(
+        "sm_100a",
+        _case(heads=2, kv_heads=2, seqlen_q=200, seqlen_k=300, head_dim=256, head_dim_v=256),
+        ours.forward,
+        num_sms=2,
+    ),
+    "ours-sm100a-varlen": Subject(
+        "sm_100a",
+        _case(
+            dtype=torch.float16,
+            batch=2,
+            seqlen_q=200,
+            seqlen_k=450,
+            head_dim=64,
+            head_dim_v=64,
+            varlen=True,
+        ),
+        ours.forward,
     ),
     "ours-sm120a": Subject(
         "sm_120a",
@@ -247,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the report here")
     given = parser.parse_args(arguments)
     bootstrap()
+    torch.set_num_threads(1)  # a forked process does not have its parent's threads
     start = time.perf_counter()
     reports = {name: run(name, given) for name in given.subject or SUBJECTS}
     report = {"seconds": round(time.perf_counter() - start), "subjects": reports}

@@ -99,7 +99,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     finding, verdict = None, Verdict(ok=False)
     trace = Trace() if options.trace else None
     strict = options.kernel == "ours"
-    with session(options.arch, options.schedule, strict=strict, trace=trace) as emulator:
+    with session(
+        options.arch, options.schedule, strict=strict, fences=strict, trace=trace
+    ) as emulator:
         try:
             verdict = judge(case, inputs, *forward(emulator, case, inputs))
         except EmulationError as error:

@@ -1,7 +1,8 @@
 """tcgen05 for registers and barriers: alloc, dealloc, ld, st, wait, commit and fences.
 
-Loads take effect at once (ptxas orders the registers' uses, so kernels need no wait::ld). Stores
-are in flight until wait::st; a product issued before that is a race, and so is a load or a store of
+Loads take effect at once: ptxas orders the registers' uses, so kernels need no wait::ld, but where
+a session asks for it (check/tcgen05_wait.py), as with fences (check/tmem_fences.py). Stores are in
+flight until wait::st; a product issued before that is a race, and so is a load or a store of
 cells that a product in flight writes, or reads.
 """
 
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..check.races import RaceChecker
-from ..findings import Misaligned, TmemFault, Unmodelled
+from ..check.tmem_fences import fences_of
+from ..findings import BarrierFault, Misaligned, Race, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
 from ..machine.tmem import Region, TensorMemory
@@ -153,7 +154,20 @@ def ld(e: Emitter, ins: Instruction) -> None:
     items = items_of(ins.operands[0])
     cells = _access_of(e, ins, len(items), ins.operands[2:])
     address = e.address(ins.operands[1], "u32")
+    _ask_for_a_wait(e, ins)
     e.put_each(items, e.call(load, "g", address, cells, e.mask), "u32")
+
+
+def _ask_for_a_wait(e: Emitter, ins: Instruction) -> None:
+    if ins.line in e.program.unawaited:
+        e.line(e.call(report_unawaited, "g", repr(e.program.unawaited[ins.line])))
+
+
+def report_unawaited(g: Gang, register: str) -> None:
+    if g.cta.machine.findings.fences:
+        g.cta.machine.findings.report(
+            Race(f"{register}, which a tcgen05.ld fills, is used before a tcgen05.wait::ld")
+        )
 
 
 @instruction("tcgen05.ld.red")
@@ -166,6 +180,7 @@ def ld_red(e: Emitter, ins: Instruction) -> None:
         raise Unmodelled(e.text)
     address = e.address(ins.operands[2], "u32")
     cells = e.name_of(access(shape, len(items), 0), "cells")
+    _ask_for_a_wait(e, ins)
     whole = e.temp(e.call(load, "g", address, cells, e.mask))
     e.put_each(items, whole, "u32")
     e.put(ins.operands[1], f"np.f{operation[0]}.reduce({whole}.view(D_f32))", "f32")
@@ -212,12 +227,22 @@ def places(g: Gang, address: Any, cells: Access, mask: Any) -> list[Place]:
     return found
 
 
+def _order(g: Gang, place: Place, region: Region, writes: bool) -> None:
+    """Look for the fences that order an access behind those of other warps."""
+    watch = fences_of(g.cta)
+    if watch is not None:
+        agent = g.cta.rank, int(g.warps[place.position])
+        watch.check(agent, g.cta.rank, region, writes, f"a tcgen05.{'st' if writes else 'ld'}")
+        watch.log(agent, g.cta.rank, region, writes)
+
+
 def load(g: Gang, address: Any, cells: Access, mask: Any) -> np.ndarray:
     memory, count = tensor_memory(g.cta), len(cells.rows)
     result = np.zeros((count, g.lanes), np.uint32)
     for place in places(g, address, cells, mask):
         for region in place.regions:
             memory.check(region, False, "a tcgen05.ld")
+            _order(g, place, region, False)
         if cells.plain:
             columns = slice(place.column, place.column + count)
             result[:, place.span] = memory.data[columns, place.low : place.low + 32]
@@ -248,6 +273,7 @@ def store(g: Gang, address: Any, values: tuple[Any, ...], cells: Access, mask: A
     for place in targets:
         for region in place.regions:
             memory.check(region, True, "a tcgen05.st")
+            _order(g, place, region, True)
             memory.fly(op, region, True)
         memory.stores.setdefault(int(g.warps[place.position]), []).append(op)
     if targets:
@@ -272,7 +298,15 @@ def wait_ld(e: Emitter, ins: Instruction) -> None:
 
 @instruction("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
 def fence(e: Emitter, ins: Instruction) -> None:
-    """What they order takes effect in order here."""
+    """What they order takes effect in order here; sessions may look for them."""
+    e.line(e.call(run_fence, "g", str(ins.has("fence::before_thread_sync")), e.mask))
+
+
+def run_fence(g: Gang, before: bool, mask: Any) -> None:
+    watch = fences_of(g.cta)
+    if watch is not None:
+        for position in whole_warps(g, mask):
+            watch.fence((g.cta.rank, int(g.warps[position])), before)
 
 
 # ---- commit ----
@@ -297,20 +331,29 @@ def run_commit(g: Gang, address: Any, ranks: Any, mask: Any) -> None:
         if ranks is not None:
             named = at_lane(ranks, lane)
             names = [at & 0xFFFFFF | rank << 24 for rank in range(16) if named >> rank & 1]
+        homes = [g.cta.locate(name)[0] for name in names]
         barriers = [g.cta.mbarrier(name) for name in names]
         for barrier in barriers:
             barrier.check_fenced("a tcgen05.commit")
         warp = int(g.warps[lane // 32])
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
-        run = _arrive(barriers, g.cta.race, warp, memory.reading.pop(warp, []))
+        run = _arrive(list(zip(homes, barriers, strict=True)), g.cta, warp)
         memory.pipes[warp] = queue.add(AsyncOp("tcgen05.commit", run, before))
 
 
-def _arrive(barriers: list[Any], race: RaceChecker | None, warp: int, reading: list[Any]) -> Any:
+def _arrive(targets: list[tuple[Any, Any]], cta: Any, warp: int) -> Any:
+    race, watch = cta.race, fences_of(cta)
     known = None if race is None else race.depart(warp)
+    reading = tensor_memory(cta).reading.pop(warp, [])
 
     def run() -> None:
-        for barrier in barriers:
+        if watch is not None:
+            watch.fence((cta.rank, warp), True)
+        for home, barrier in targets:
+            if home.ended and home is not cta:
+                cta.machine.findings.report(
+                    BarrierFault(f"a tcgen05.commit arrives at the {barrier.name}, which has ended")
+                )
             if race is not None and known is not None:
                 race.products_arrive(barrier, known, reading)
             barrier.arrive()

@@ -16,11 +16,13 @@ CTA of a pair. Row i of D, with the letters of the PTX manual's data path layout
 A in tensor memory is read from the lanes that its rows' results go to, so B, E and G need copies.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..check.tmem_fences import FenceWatch, fences_of
 from ..findings import DescriptorFault, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.descriptors import decode, operand, words
@@ -164,7 +166,10 @@ def issue(g: Gang, operands: tuple[Any, ...], flags: tuple[Any, ...], mask: Any)
         product.keep([at_lane(word, lane) for word in disabled])
         memory, warp = tensor_memory(g.cta), int(g.warps[lane // 32])
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
-        op = AsyncOp("tcgen05.mma", product.run, before, owner=g.cta)
+        watch, agent = fences_of(g.cta), (g.cta.rank, warp)
+        if watch is not None:
+            product.look_for_fences(watch, agent)
+        op = AsyncOp("tcgen05.mma", product.told(watch, agent), before, owner=g.cta)
         product.claim(op)
         for kind, nbytes in product.traffic().items():
             g.cta.machine.traffic[kind][warp] += nbytes
@@ -233,14 +238,32 @@ class Product:
 
     def claim(self, op: AsyncOp) -> None:
         """Check the cells that the product touches, and mark them as in flight."""
-        for cta in self.ctas:
+        for cta, region, writes in self.touched():
             memory = tensor_memory(cta)
-            for region in self.regions(self.target):
-                memory.in_pipe(region, True, "a tcgen05.mma's D")
-                memory.fly(op, region, True)
-            for region in self.regions(self.held) if self.held is not None else ():
-                memory.in_pipe(region, False, "a tcgen05.mma's A")
-                memory.fly(op, region, False)
+            memory.in_pipe(region, writes, f"a tcgen05.mma's {'D' if writes else 'A'}")
+            memory.fly(op, region, writes)
+
+    def touched(self) -> list[tuple[Any, Region, bool]]:
+        """(CTA, cells, whether they are written) of all that the product uses."""
+        found = [(cta, region, True) for cta in self.ctas for region in self.regions(self.target)]
+        if self.held is not None:
+            found += [(cta, r, False) for cta in self.ctas for r in self.regions(self.held)]
+        return found
+
+    def look_for_fences(self, watch: FenceWatch, agent: tuple[int, int]) -> None:
+        for cta, region, writes in self.touched():
+            watch.check(agent, cta.rank, region, writes, "a tcgen05.mma")
+
+    def told(self, watch: FenceWatch | None, agent: tuple[int, int]) -> Callable[[], None]:
+        """`run`, with word to the watch that the product is done."""
+
+        def run() -> None:
+            self.run()
+            if watch is not None:
+                for cta, region, writes in self.touched():
+                    watch.log(agent, cta.rank, region, writes)
+
+        return run
 
     def run(self) -> None:
         form = self.form

@@ -33,6 +33,7 @@ class Cta:
         self.unfenced: list[MBarrier] = []  # that its warps initialised, and no fence followed
         self.named: dict[int, NamedBarrier] = {}
         self.local = np.zeros((machine.num_threads, machine.local_size), np.uint8)
+        self.ended = False  # its memory may belong to the next one
         self.state: dict[str, Any] = {}  # of instruction classes: tensor memory, register pool, …
 
     # ---- shared addresses ----

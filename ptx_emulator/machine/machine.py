@@ -182,6 +182,7 @@ class Machine:
     def _end_cta(self, cta: Cta) -> None:
         """Where the last warp of a CTA has ended, ask what the CTA held whether it was freed."""
         if not any(gang.cta is cta for gang in self.gangs):
+            cta.ended = True
             for held in cta.state.values():
                 if hasattr(held, "at_exit"):
                     held.at_exit()

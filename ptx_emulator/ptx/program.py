@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.tcgen05_wait import unawaited
 from ..check.wgmma_fence import unfenced
 from ..findings import Unmodelled
 from ..machine.memory import RESERVED_SMEM
@@ -57,6 +58,11 @@ class Program:
     def unfenced(self) -> dict[int, str]:
         """By line: a register that a wgmma uses without the wgmma.fence that it needs."""
         return unfenced(self.flow)
+
+    @functools.cached_property
+    def unawaited(self) -> dict[int, str]:
+        """By line of a tcgen05.ld: a register that is used without the tcgen05.wait::ld."""
+        return unawaited(self.flow)
 
     def _undefined_registers(self) -> dict[int, Any]:
         """All ones, NaN, for each register that some way through the code reads before a write."""

@@ -35,7 +35,9 @@ ld.shared.b32 %r4, [%r1];
 shl.b32 %r6, %r3, 21;
 add.s32 %r6, %r4, %r6;
 CLEAR
+tcgen05.fence::before_thread_sync;
 bar.sync 0;
+tcgen05.fence::after_thread_sync;
 """
 # %r4: the allocation; %r6: the warp's quarter of it
 COMMIT = """tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1+8];
@@ -45,6 +47,7 @@ mbarrier.try_wait.parity.shared.b64 %p4, [%r1+8], 0;
 @%p4 bra $over;
 bra $wait;
 $over:
+tcgen05.fence::after_thread_sync;
 """
 ISSUE = "setp.ne.b32 %p3, %r2, 0;\n@%p3 bra $issued;\n{0}" + COMMIT
 END = """shl.b32 %r7, %r2, 2;
@@ -62,10 +65,10 @@ def names(first, count):
     return ", ".join(f"%r{first + i}" for i in range(count))
 
 
-def execute(body, image=b"", columns=COLUMNS, first=0, schedule=0, without="none of it"):
+def execute(body, image=b"", columns=COLUMNS, first=0, without="none of it", **options):
     """Run `body` on 4 warps, `image` at shared offset 1024; columns from `first` on as uint32.
 
-    `without`: text to leave out of what comes before.
+    `without`: text to leave out; `options` are those of `run`.
     """
     size = -(-len(image) // 2048) * 2048
     data = torch.zeros(RESULT * 4 + max(size, 16), dtype=torch.uint8)
@@ -84,15 +87,12 @@ def execute(body, image=b"", columns=COLUMNS, first=0, schedule=0, without="none
     clear += "tcgen05.wait::st.sync.aligned;\n"
     read = "".join(
         f"tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r8}}, [%r6+{first + at}];\n"
+        "tcgen05.wait::ld.sync.aligned;\n"
         f"st.global.b32 [%rd3+{512 * at}], %r8;\n"
         for at in range(columns)
     )
-    text = (
-        BEGIN.replace(without, "").replace("FILL", fill).replace("CLEAR", clear)
-        + body
-        + END.replace("READ", read)
-    )
-    run(text, warps=4, smem=SMEM, schedule=schedule, arch="sm_100a", data=data)
+    text = BEGIN.replace("FILL", fill).replace("CLEAR", clear) + body + END.replace("READ", read)
+    run(text.replace(without, ""), warps=4, smem=SMEM, arch="sm_100a", data=data, **options)
     return data[: RESULT * 4].numpy().view(np.uint32).reshape(COLUMNS, 128)[:columns]
 
 
@@ -324,3 +324,16 @@ def test_operands_overwritten_before_the_commit_is_seen(schedule):
     with pytest.raises(Race):  # of the product or of the store, whichever comes second
         body = ISSUE.format(PRODUCT).replace("$issued:", "$issued:\n" + OVERWRITE)
         execute(body, image, schedule=schedule)
+
+
+# ---- what a session may ask for ----
+@pytest.mark.parametrize(
+    "missing", ["fence::before_thread_sync", "fence::after_thread_sync", "wait::ld.sync.aligned"]
+)
+def test_fences_and_waits_that_cards_do_without(missing):
+    body, image = ISSUE.format(PRODUCT), bytes(range(1, 65)) * 64
+    right = execute(body, image, fences=True)
+    missing = f"tcgen05.{missing};\n"
+    assert (execute(body, image, without=missing) == right).all()
+    with pytest.raises(Race, match=r"no tcgen05.fence::|wait::ld"):
+        execute(body, image, without=missing, fences=True)
