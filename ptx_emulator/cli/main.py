@@ -49,6 +49,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--counters", action="store_true", help="slots, bytes and waits by warp role")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto")
     p.add_argument("--schedule", type=int, default=0, help="seed of all choices of order")
+    p.add_argument(
+        "--features",
+        nargs="?",
+        const="all",
+        metavar="NAMES",
+        help="instead of one question: every feature of our kernels, or those named (a,b,c)",
+    )
+    p.add_argument("--schedules", type=int, default=8, help="with --features: how many for each")
     return p
 
 
@@ -90,6 +98,12 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     Raises:
         NotImplementedError, ValueError: the kernels do not provide what the options ask for.
     """
+    if options.features is not None:
+        from . import sweep
+
+        only = None if options.features == "all" else options.features
+        ok, report = sweep.run(options.arch, options.schedules, only)
+        return OK if ok else WRONG, report
     if options.kernel == "ours":
         from .ours import forward
     else:

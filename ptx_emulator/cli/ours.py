@@ -82,13 +82,9 @@ def _driver(module: Any, emulator: Session) -> Any:
     return Emulated(emulator.host.library)
 
 
-def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the forward kernel that the plan picks for the session's card.
-
-    Raises:
-        NotImplementedError: the card or a feature that the kernels do not have.
-    """
-    from flash_attn4_cute.problem import AttentionOptions, AttentionProblem, AttentionTensors
+def tensors_of(case: Case, inputs: Inputs) -> Any:
+    """The AttentionTensors of a case."""
+    from flash_attn4_cute.problem import AttentionTensors
 
     tensors = AttentionTensors(q=inputs.q, k=inputs.k, v=inputs.v, sink=inputs.sink)
     if case.varlen:
@@ -97,6 +93,13 @@ def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tens
         pages = cut_into_pages(case, inputs, filler=torch.nan)
         tensors.k, tensors.v, tensors.page_table, tensors.seqused_k = pages
         tensors.cu_seqlens_k = None
+    return tensors
+
+
+def problem_of(case: Case, tensors: Any) -> Any:
+    """The AttentionProblem of a case; results are allocated and filled with NaN."""
+    from flash_attn4_cute.problem import AttentionOptions, AttentionProblem
+
     options = AttentionOptions(
         mask=_mask(case),
         softcap=case.softcap,
@@ -106,8 +109,19 @@ def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tens
         return_lse=True,
     )
     problem = AttentionProblem.from_tensors(tensors, options)
-    tensors.out = inputs.q.new_full(problem.out_shape(inputs.q), torch.nan)
-    tensors.lse = torch.full(problem.lse_shape(inputs.q), torch.nan)
+    tensors.out = tensors.q.new_full(problem.out_shape(tensors.q), torch.nan)
+    tensors.lse = torch.full(problem.lse_shape(tensors.q), torch.nan)
+    return problem
+
+
+def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the forward kernel that the plan picks for the session's card.
+
+    Raises:
+        NotImplementedError: the card or a feature that the kernels do not have.
+    """
+    tensors = tensors_of(case, inputs)
+    problem = problem_of(case, tensors)
     with kernels_on(emulator) as launch:
         launch(problem, tensors)
     return tensors.out, tensors.lse

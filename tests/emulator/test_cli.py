@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ptx_emulator.cli.main import OK, REFUSED, main
+from ptx_emulator.cli.main import OK, REFUSED, WRONG, main
 
 KEYS = {"ok", "max_abs_err", "limit", "lse_err", "instructions", "seconds", "schedule"}
 
@@ -90,3 +90,24 @@ def test_trace(capsys, tmp_path):
     assert status == OK and report["trace"] == str(file)
     assert any(event["name"].startswith("wait: parity") for event in events)
     assert any(event["name"] == "TMA load" and event["ph"] == "e" for event in events)
+
+
+def test_features(capsys):
+    """Each feature under its schedules, append and merge among them; a wrong one is named."""
+    arguments = "--arch sm121a --features append_paged,combine --schedules 2"
+    status, report = run(capsys, *arguments.split())
+    assert status == OK and report["features"] == 2 and report["runs"] == 4
+    assert report["ok"] and report["instructions"] and not report["wrong"]
+
+
+def test_a_wrong_feature_is_reported(capsys, monkeypatch):
+    from ptx_emulator.cli import sweep
+
+    def off_by_one(*question):
+        out, lse = sweep.combine(*question)
+        return out, lse + 1
+
+    wrong = sweep.Feature("wrong", next(sweep.features()).case, off_by_one)
+    monkeypatch.setattr(sweep, "features", lambda: iter([wrong]))
+    status, report = run(capsys, *["--arch", "sm120a", "--features", "--schedules", "1"])
+    assert status == WRONG and not report["ok"] and report["wrong"][0]["feature"] == "wrong"
