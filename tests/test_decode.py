@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from . import acceptance, cases, harness
+from .append_cases import FP8
 from .cases import BF16, Case
 from .oracle import Rule
 
@@ -54,22 +55,26 @@ def test_fa2229_repeats_are_bitwise_equal(fa4, device, layout):
 
 
 def step(device: torch.device, layout: str, batch: int, capacity: int):
-    """q (b, 1, 8, 64), (k, v) of 2 heads, lengths, and a table of shuffled pages or None."""
+    """q (b, 1, 8, 64), (k, v) of 2 heads, lengths, and a table of shuffled pages or None.
+
+    layout: "dense", "paged", "fp8", pages of e4m3, or "chunks", 50 queries a sequence over pages.
+    """
     gen = torch.Generator(device).manual_seed(0)
     size, tables = 16, None
     shape = (batch, capacity, 2, 64)
-    if layout == "paged":
+    if layout != "dense":
         pages = batch * capacity // size
         shape = (pages, size, 2, 64)
         order = torch.randperm(pages, generator=gen, device=device)
         tables = order.to(torch.int32).view(batch, capacity // size)
-    q = torch.randn(batch, 1, 8, 64, generator=gen, device=device).to(BF16)
-    cache = [torch.randn(shape, generator=gen, device=device).to(BF16) for _ in range(2)]
+    queries, kept = 50 if layout == "chunks" else 1, FP8 if layout == "fp8" else BF16
+    q = torch.randn(batch, queries, 8, 64, generator=gen, device=device).to(BF16)
+    cache = [torch.randn(shape, generator=gen, device=device).to(kept) for _ in range(2)]
     return q, cache, torch.empty(batch, dtype=torch.int32, device=device), tables
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["dense", "paged"])
+@pytest.mark.parametrize("layout", ["dense", "paged", "fp8", "chunks"])
 def test_fi4002_one_graph_replays_at_fifty_lengths(fa4, device, layout):
     """fi#4002: captured at one length, replayed at others, longer, 0 and -1 included."""
     batch, capacity = 6, 2048
@@ -100,7 +105,8 @@ def test_fi4002_one_graph_replays_at_fifty_lengths(fa4, device, layout):
 
 
 def check_step(q, cache, table, lengths: list[int], answer) -> None:
-    """Each sequence of one step against the oracle."""
+    """Each sequence of one step against the oracle; e4m3 is exact in the queries' dtype."""
+    cache = [x.to(q.dtype) for x in cache]
     for b, length in enumerate(max(n, 0) for n in lengths):
         if table is None:
             k, v = (x[b, :length] for x in cache)
