@@ -126,14 +126,17 @@ class TileConfig:
 FORWARD_ROWS: tuple[TileConfig, ...] = (
     TileConfig(head_dim=32, head_dim_v=32, block_n=96, kv_stages=6),
     # 358 / 357; block_n 64, 6 slots: 345 / 342; 12 compute warps of 160 registers lost 4 %
-    # ptxas spills up to 56 bytes for sm_120a and sm_121a, none with block_n 64; not timed there.
+    # ptxas spills up to 56 bytes for sm_120a and sm_121a, none with block_n 64: 11 loads of what
+    # was computed before the loop, a key block; not timed there.
     TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=5, stack_bytes=56),
     # 416 dense; block_n 64, 4 slots: 393; block_n 48, 5 slots: 397
     # ptxas spills up to 80 bytes, outside the key loop.
     TileConfig(head_dim=96, head_dim_v=96, block_n=80, kv_stages=2, stack_bytes=80),
     # 432 / 416; block_n 48 lost 5 %, block_n 32 with 4 slots 14 %
-    # ptxas spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators; what
-    # that costs there has not been timed.
+    # ptxas spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators: 24
+    # registers of O wait in local memory from one P V to the next, 12 LDL.64 and 12 STL.64 a key
+    # block, or 1.6 % of the loop's 1531 instructions and 15 % more bytes than ldmatrix moves. By the
+    # rates of these cards the tensor core hides both; not timed there.
     TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=2, stack_bytes=152),
     # Multi-head latent attention, as prefill runs it.
     TileConfig(
@@ -142,8 +145,8 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
     TileConfig(
         head_dim=192, head_dim_v=192, block_n=64, kv_stages=2, rows_per_warp=16, q_in_registers=True
     ),
-    # ptxas spills up to 120 bytes for sm_120a and sm_121a (24 with Q in shared
-    # memory), none for sm_90a; not timed there.
+    # ptxas spills up to 120 bytes for sm_120a and sm_121a (24 with Q in shared memory), none for
+    # sm_90a: O again, 26 of the key loop's 1203 instructions; not timed there.
     TileConfig(
         head_dim=256,
         head_dim_v=256,

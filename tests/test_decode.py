@@ -104,6 +104,33 @@ def test_fi4002_one_graph_replays_at_fifty_lengths(fa4, device, layout):
             check_step(q, cache, table, wanted, (out, lse))
 
 
+@pytest.mark.gpu
+def test_metadata_of_a_step_serves_every_layer(fa4, device):
+    """Made once, outside of the graph; every layer's call gives the bits that it gives without."""
+    batch, capacity, layers = 3, 4096, 4
+    steps = [step(device, "paged", batch, capacity) for _ in range(layers)]
+    lengths = torch.full((batch,), 100, dtype=torch.int32, device=device)
+    made = fa4.get_scheduler_metadata(
+        batch, 1, capacity, 8, 2, 64, lengths, page_size=16, causal=True
+    )
+
+    def calls(**more):
+        options = {"cache_seqlens": lengths, "causal": True} | more
+        return [
+            fa4.flash_attn_with_kvcache(q, *cache, block_table=table, **options)
+            for q, cache, _, table in steps
+        ]
+
+    calls(scheduler_metadata=made)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = calls(scheduler_metadata=made)
+    for wanted in ([4096, 1, 0], [5, -1, 3000]):
+        lengths.copy_(torch.tensor(wanted, dtype=torch.int32))
+        graph.replay()
+        assert all(map(torch.equal, outs, calls()))
+
+
 def check_step(q, cache, table, lengths: list[int], answer) -> None:
     """Each sequence of one step against the oracle; e4m3 is exact in the queries' dtype."""
     cache = [x.to(q.dtype) for x in cache]
