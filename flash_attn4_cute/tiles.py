@@ -135,8 +135,8 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
     # 432 / 416; block_n 48 lost 5 %, block_n 32 with 4 slots 14 %
     # ptxas spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators: 24
     # registers of O wait in local memory from one P V to the next, 12 LDL.64 and 12 STL.64 a key
-    # block, or 1.6 % of the loop's 1531 instructions and 15 % more bytes than ldmatrix moves. By the
-    # rates of these cards the tensor core hides both; not timed there.
+    # block, or 1.6 % of the loop's 1531 instructions and 15 % of the bytes that ldmatrix moves. By
+    # the rates of these cards the tensor core hides both; not timed there.
     TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=2, stack_bytes=152),
     # Multi-head latent attention, as prefill runs it.
     TileConfig(

@@ -144,8 +144,9 @@ def get_scheduler_metadata(
 ) -> SchedulerMetadata:
     """Decide once per step what the attention calls of all layers have in common.
 
-    Nothing here depends on the lengths of a step, which the kernels read on the device: each sequence
-    divides its own keys by num_splits. So no launch and no tensor is needed, unlike FlashAttention-3.
+    Nothing here depends on the lengths of a step, which the kernels read on the device: each
+    sequence divides its own keys by num_splits. So no launch and no tensor is needed, unlike in
+    FlashAttention-3.
 
     Args:
         batch_size: number of sequences.
