@@ -29,17 +29,17 @@ def lengths_of(replay: int, most: int) -> tuple[int, ...]:
 @contextmanager
 def recorded(emulator):
     """The launches of the calls inside, as [(compiled kernel, arguments)]."""
-    launches, call = [], emulator.call
+    launches, run = [], emulator.run
 
-    def keep(function, *arguments):
+    def keep(function, arguments):
         launches.append((function, arguments))
-        return call(function, *arguments)
+        return run(function, arguments)
 
-    emulator.call = keep
+    emulator.run = keep
     try:
         yield launches
     finally:
-        emulator.call = call
+        emulator.run = run
 
 
 def step(layout: str):
@@ -83,7 +83,7 @@ def test_captured_at_one_length_replayed_at_others(fa4, layout):
             lengths.copy_(torch.tensor(lengths_of(replay, CAPACITY - (layout == "append"))))
             out.fill_(math.nan)
             for function, arguments in launches:
-                emulator.call(function, *arguments)
+                emulator.run(function, arguments)
             found, found_lse = out.clone(), lse.clone()
             expected, expected_lse = on_cpu(fa4, q, reference, options)
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
