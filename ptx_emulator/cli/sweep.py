@@ -4,7 +4,6 @@ A feature is a Case and what answers it; all are judged like a single run.
 """
 
 import importlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +62,9 @@ def features() -> Iterator[Feature]:
 
 def _case(**options: Any) -> Case:
     """bf16, d 64 unless said otherwise."""
-    defaults = {"dtype": torch.bfloat16, "batch": 1, "head_dim": 64, "head_dim_v": 64}
+    defaults: dict[str, Any] = {
+        "dtype": torch.bfloat16, "batch": 1, "head_dim": 64, "head_dim_v": 64,
+    }  # fmt: skip
     return Case(**(defaults | options))
 
 
@@ -128,8 +129,9 @@ def run(arch: str, schedules: int, only: str | None = None) -> tuple[bool, dict[
             f"allowed, {time.monotonic() - started:.0f} s",
             flush=True,
         )
+    ok = not wrong and runs > 0
     report = {
-        "ok": not wrong and runs > 0,
+        "ok": ok,
         "arch": arch,
         "features": len(chosen),
         "schedules": schedules,
@@ -138,4 +140,4 @@ def run(arch: str, schedules: int, only: str | None = None) -> tuple[bool, dict[
         "seconds": round(time.monotonic() - began),
         "wrong": wrong,
     }
-    return report["ok"], json.loads(json.dumps(report))
+    return ok, report
