@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -121,11 +121,10 @@ def session(
     arch: str | Card,
     schedule: int = 0,
     collect: bool = False,
-    strict: bool = False,
+    strict: bool | Literal["fences"] = False,
     races: bool = True,
     trace: Trace | None = None,
     hardware_sums: bool = False,
-    fences: bool = False,
 ) -> Iterator[Session]:
     """An emulated card of `arch` ("sm_90a", "sm100a", …) to which all launches go.
 
@@ -134,19 +133,19 @@ def session(
             nothing else is said.
         schedule: seed of all choices of order; 0 runs gangs as long as they can.
         collect: keep reportable findings in `findings` and go on, instead of raising.
-        strict: a read of shared memory that nothing wrote is a fault, not a NaN.
+        strict: a read of shared memory that nothing wrote is a fault, not a NaN. "fences": so is
+            the lack of a tcgen05.fence or tcgen05.wait::ld that the PTX manual demands, although
+            cards seem to do without.
         races: report accesses to shared memory that nothing orders; without it runs are faster.
         trace: keep what each warp does, for Perfetto.
         hardware_sums: let mma.sync and wgmma add f16 and bf16 products bit for bit as an H200 does,
             not in float64; slower.
-        fences: a tcgen05.fence or tcgen05.wait::ld that the PTX manual demands and is missing is a
-            fault, although cards seem to do without.
     """
     host = bootstrap()
     card = arch if isinstance(arch, Card) else card_of(arch)
     host.set_device(card.major, card.minor, card.num_sms)
     host.set_arch(card.arch)
-    findings = Findings(collect, strict, races, fences)
+    findings = Findings(collect, bool(strict), races, strict == "fences")
     emulated = Session(card, schedule, host, findings, trace=trace)
     emulated.hardware_sums = hardware_sums
     before, host.on_launch = host.on_launch, emulated.launch

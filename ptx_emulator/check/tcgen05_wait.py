@@ -1,8 +1,8 @@
 """Which tcgen05.ld fill registers that something uses with no tcgen05.wait::ld between.
 
 The PTX manual demands the wait. Kernels that are right on cards have none, so ptxas must order the
-uses, and this is a fault only in sessions with `fences`. Found in the flow graph, on all ways that
-a run may take. Moves are no uses: the compiler puts them where it likes.
+uses, and this is a fault only in sessions with strict="fences". Found in the flow graph, on all
+ways that a run may take. Moves are no uses: the compiler puts them where it likes.
 """
 
 from ..ptx.flow import Flow, destinations, sources

@@ -1,4 +1,4 @@
-"""Accesses to tensor memory that no tcgen05.fence orders; for sessions with `fences`.
+"""Accesses to tensor memory that no tcgen05.fence orders; for sessions with strict="fences".
 
 The PTX manual: what a tcgen05 instruction of one thread did comes before one of another thread only
 if the first is followed by `fence::before_thread_sync`, then by something that the other waits for,

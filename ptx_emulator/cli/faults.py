@@ -46,7 +46,7 @@ class Subject:
     def session(self, schedule: int) -> Any:
         card = card_of(self.arch)
         card = replace(card, num_sms=self.num_sms or card.num_sms)
-        return session(card, schedule, strict=self.strict, fences=self.strict)
+        return session(card, schedule, strict="fences" if self.strict else False)
 
 
 def _case(**changes: Any) -> Case:

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -112,10 +112,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     inputs = make_inputs(case)
     finding, verdict = None, Verdict(ok=False)
     trace = Trace() if options.trace else None
-    strict = options.kernel == "ours"
-    with session(
-        options.arch, options.schedule, strict=strict, fences=strict, trace=trace
-    ) as emulator:
+    strict: Literal["fences", False] = "fences" if options.kernel == "ours" else False
+    with session(options.arch, options.schedule, strict=strict, trace=trace) as emulator:
         try:
             verdict = judge(case, inputs, *forward(emulator, case, inputs))
         except EmulationError as error:

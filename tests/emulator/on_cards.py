@@ -26,7 +26,7 @@ def card(fa4: ModuleType, arch: str, schedule: int = 0) -> Iterator[Any]:
 
     execute = importlib.import_module(f"{fa4.__name__}.execute")
     before = execute._variant, execute.has_kernels
-    session = ptx_emulator.session(arch, schedule=schedule, strict=True, fences=True)
+    session = ptx_emulator.session(arch, schedule=schedule, strict="fences")
     with session as emulator, kernels_on(emulator, f"{fa4.__name__}.flash_attn4_cute"):
         execute._variant = lambda problem: execute._cuda()
         execute.has_kernels = lambda device: True

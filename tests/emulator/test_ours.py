@@ -31,7 +31,7 @@ def case(**changes):
 def assert_right(question, arch, schedules):
     inputs = make_inputs(question)
     for schedule in schedules:
-        session = ptx_emulator.session(arch, schedule=schedule, strict=True, fences=True)
+        session = ptx_emulator.session(arch, schedule=schedule, strict="fences")
         with session as emulator:
             verdict = judge(question, inputs, *ours.forward(emulator, question, inputs))
         assert verdict.ok, f"schedule {schedule}: {verdict}"
@@ -95,7 +95,7 @@ def assert_nothing_is_seen_behind_seqused(question, used_q, used_k, arch, schedu
     problem = AttentionProblem.from_tensors(tensors, options)
     tensors.out = torch.full_like(inputs.q, 7.0)
     tensors.lse = torch.full((question.batch, question.heads, question.seqlen_q), 7.0)
-    session = ptx_emulator.session(arch, schedule=schedule, strict=True, fences=True)
+    session = ptx_emulator.session(arch, schedule=schedule, strict="fences")
     with session as emulator, kernels_on(emulator) as forward:
         forward(problem, tensors)
     for b, (rows, keys) in enumerate(zip(used_q, used_k, strict=True)):

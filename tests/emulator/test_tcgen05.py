@@ -332,8 +332,8 @@ def test_operands_overwritten_before_the_commit_is_seen(schedule):
 )
 def test_fences_and_waits_that_cards_do_without(missing):
     body, image = ISSUE.format(PRODUCT), bytes(range(1, 65)) * 64
-    right = execute(body, image, fences=True)
+    right = execute(body, image, strict="fences")
     missing = f"tcgen05.{missing};\n"
     assert (execute(body, image, without=missing) == right).all()
     with pytest.raises(Race, match=r"no tcgen05.fence::|wait::ld"):
-        execute(body, image, without=missing, fences=True)
+        execute(body, image, without=missing, strict="fences")
