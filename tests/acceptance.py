@@ -10,9 +10,9 @@
 
 ref is the float64 oracle; field is upstream's rule, whose last term is computed in the output
 dtype. NAIVE and MIXED are the errors of the oracle's formulas in the inputs' dtype (oracle.py).
-Every bound has 8 float32 epsilons of its scale besides (lse: 16): a kernel accumulates in float32 in
-an order of its own, and PyTorch can be exact by luck (constant inputs). Of a dot product, a tensor
-core adds up 16 columns at a time and cuts each sum off, which at d 128 may lose 8 epsilons.
+Every bound has 8 float32 epsilons of its scale besides (lse: 16): a kernel accumulates in float32
+in an order of its own, and PyTorch can be exact by luck (constant inputs). Of a dot product, a
+tensor core adds up 16 columns at a time and cuts each sum off, which at d 128 may lose 8 epsilons.
 
 An element's magnitude is the sum of weights * abs(v) behind it: the scale its rounding errors have,
 which neither cancellation nor an outlier elsewhere in the tensor hides. Where the magnitude is 0

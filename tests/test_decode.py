@@ -54,6 +54,28 @@ def test_fa2229_repeats_are_bitwise_equal(fa4, device, layout):
     assert not differs
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 4])
+def test_waits_for_what_the_stream_has_before_it(fa4, device, splits):
+    """Launched early, it neither reads nor writes before a long kernel and a copy have ended."""
+    case = Case(
+        name="early", seqlens_q=(478,) * 3, seqlens_k=(348,) * 3, heads=4, heads_kv=2, d=64,
+        dtype=BF16, window=(None, 0), num_splits=splits, pack_gqa=True,
+    )  # fmt: skip
+    call = harness.build(case, device)
+    right, _ = harness.run_uncut(fa4, call)
+    queries, late = call.q.clone(), torch.empty(1 << 28, dtype=BF16, device=device)
+    given = late[-right.numel() :].view_as(right)
+    differs = torch.zeros((), dtype=torch.bool, device=device)
+    for _ in range(100):
+        call.q.zero_()
+        late.fill_(torch.nan)
+        call.q.copy_(queries)
+        harness.run_uncut(fa4, call, out=given)
+        differs |= (given.view(torch.int16) != right.view(torch.int16)).any()
+    assert not differs
+
+
 def step(device: torch.device, layout: str, batch: int, capacity: int):
     """q (b, 1, 8, 64), (k, v) of 2 heads, lengths, and a table of shuffled pages or None.
 
