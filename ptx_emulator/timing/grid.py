@@ -1,0 +1,81 @@
+"""From what tiles cost to the launch of a whole problem: CTAs in waves over the card's SMs."""
+
+import heapq
+from dataclasses import dataclass
+
+from .problems import BLOCK, Costs, Runs
+from .table import Machine
+
+ELEMENT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A forward problem: equal lengths of queries and keys."""
+
+    batch: int
+    seqlen: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+
+    @property
+    def flops(self) -> float:
+        """As everybody counts: half of them if causal."""
+        dense = 2 * self.batch * self.heads * self.seqlen**2 * (self.head_dim + self.head_dim_v)
+        return dense / 2 if self.causal else dense
+
+    @property
+    def bytes(self) -> float:
+        """Q, K, V and O once."""
+        per_token = self.heads * (self.head_dim + self.head_dim_v)
+        per_token += self.heads_kv * (self.head_dim + self.head_dim_v)
+        return ELEMENT_BYTES * self.batch * self.seqlen * per_token
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`waves`: tiles that the busiest SM takes; `share` of the card's time that its SMs work."""
+
+    us: float
+    tflops: float
+    waves: float
+    share: float
+
+
+def predict(problem: Problem, runs: Runs, costs: Costs, machine: Machine) -> Prediction:
+    """Time of one launch.
+
+    Tiles go to whichever CTA is free, the longest first, as both kernels order causal ones; a
+    persistent kernel pays its start once. Every SM's clock is the table's, whatever the load.
+    """
+    tiles = -(-problem.seqlen // runs.rows)
+    units = int(machine["sms"]) // runs.ctas * runs.per_sm
+    lengths = []
+    for index in range(tiles - 1, -1, -1):
+        keys = min(problem.seqlen, (index + 1) * runs.rows) if problem.causal else problem.seqlen
+        lengths += [-(-keys // BLOCK)] * (problem.batch * problem.heads)
+    each = [costs.tile + blocks * costs.block for blocks in lengths]
+    if runs.persistent:
+        ends, start = _greedy(each, units), costs.start
+    else:
+        ends, start = _greedy([cycles + costs.start for cycles in each], units), 0.0
+    cycles = start + max(ends)
+    busy = sum(ends) / (len(ends) * max(ends))
+    us = machine["launch_us"] + cycles / (1000 * machine["clock_ghz"])
+    us = max(us, machine["launch_us"] + problem.bytes / machine["hbm_bytes_us"])
+    return Prediction(us, problem.flops / us / 1e6, len(each) / units, busy)
+
+
+def _greedy(jobs: list[float], units: int) -> list[float]:
+    """When each unit ends that takes the next job as soon as it is free."""
+    ends = [0.0] * units
+    if len(set(jobs)) == 1:
+        rounds, rest = divmod(len(jobs), units)
+        return [jobs[0] * (rounds + (unit < rest)) for unit in range(units)]
+    heapq.heapify(ends)
+    for job in jobs:
+        heapq.heapreplace(ends, ends[0] + job)
+    return ends
