@@ -12,7 +12,7 @@ PYTEST ?=
 # and of publish: make publish REPO=org/flash-attn-4 ARGS=--execute
 ARGS ?=
 
-.PHONY: help setup build publish demo test test-vllm test-gpu emulate fuzz lint clean
+.PHONY: help setup build publish demo test test-vllm test-gpu emulate timing fuzz lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +54,10 @@ test-gpu: ## run every test that needs a CUDA GPU, with the Python named by PYTH
 emulate: ## run a kernel on an emulated card and compare it with float64, with the options in ARGS
 	@$(PYTHON) scripts/setup_env.py test
 	@OMP_NUM_THREADS=1 $(VENV)/python -m ptx_emulator $(ARGS)
+
+timing: ## predict how fast the tcgen05 kernels are; tables, and plots in build/timing
+	@$(PYTHON) scripts/setup_env.py test
+	@OMP_NUM_THREADS=1 $(VENV)/python -m ptx_emulator.timing $(ARGS)
 
 fuzz: ## search for wrong answers at random, with the options in ARGS; --help lists them
 	@$(PYTHON) scripts/setup_env.py test
