@@ -13,6 +13,7 @@ its neighbours do not hide them.
 """
 
 import hashlib
+import importlib
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ CACHE = ROOT / ".cache" / "timing"
 BLOCK = 128  # keys, the unit of `block`
 SHORT, LONG = 512, 1024  # keys of the recorded runs
 MANY_SMS = 64
-SCHEDULERS = frozenset({"fma", "alu", "mufu", "tensor", "lsu", "tmem", "issue"})  # four an SM
+SCHEDULERS = frozenset({"fma", "alu", "mufu", "tensor", "lsu", "tmem", "issue slots"})  # four an SM
 SM_SMEM, SYSTEM_SMEM = 233472, 1024  # bytes of an SM, and of each CTA for the system
 SM_REGISTERS, MOST_REGISTERS = 65536, 255  # what ptxas takes is not known here: at most
 UPSTREAM_ROWS = 256  # of a CTA of upstream's tcgen05 kernel: two tiles of 128 queries
@@ -110,8 +111,7 @@ def _as_planned(kernel: Kernel, num_sms: int) -> Iterator[Any]:
         finally:
             ours.NUM_SMS = usual
         return
-    from tests.emulator import upstream
-
+    upstream = importlib.import_module("tests.emulator.upstream")
     before = dict(upstream.ARCH)
     if kernel.who == "upstream-sm120":
         upstream.ARCH[kernel.arch] = "sm_120"

@@ -17,6 +17,7 @@ from ..instructions import bulk_copy, cp_async, launch_control, mbarrier, sync, 
 from ..instructions import tcgen05_mma as products
 from ..machine.gang import Gang
 from ..machine.machine import Machine
+from ..machine.memory import RANK_SHIFT
 from ..ptx import program as programs
 from ..ptx.flow import Flow
 from ..ptx.syntax import Instruction
@@ -148,6 +149,16 @@ def _copy_arrive(r: Recording, g: Gang, address: Any, noinc: bool, mask: Any) ->
         r.note([warp], (r.of(g, at), int(lanes.sum())))
 
 
+def _commit(r: Recording, g: Gang, address: Any, ranks: Any, mask: Any) -> None:
+    """The mbarrier that a commit arrives on, or one in each CTA of a mask."""
+    for lane in bulk_copy.issuing(g, mask):
+        places = [bulk_copy.at_lane(address, lane)]
+        if ranks is not None:
+            named, offset = bulk_copy.at_lane(ranks, lane), places[0] & (1 << RANK_SHIFT) - 1
+            places = [offset | rank << RANK_SHIFT for rank in range(16) if named >> rank & 1]
+        r.note([g.warps[lane // 32]], *[(r.of(g, place), 1) for place in places])
+
+
 def _nothing(r: Recording, g: Gang, *_: Any) -> None:
     """The names come from functions that are called inside."""
 
@@ -168,7 +179,7 @@ LISTENED: tuple[tuple[Any, str, Callable[..., None]], ...] = (
     (bulk_copy, "issue_flat_store", _nothing),
     (launch_control, "issue", _nothing),
     (products, "issue", _nothing),
-    (tcgen05, "run_commit", _nothing),
+    (tcgen05, "run_commit", _commit),
 )
 
 
@@ -232,18 +243,6 @@ def _inner_claim(plain: Callable[..., None]) -> Callable[..., None]:
     return claim
 
 
-def _inner_commit(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """tcgen05._arrive: the mbarriers that a commit signals."""
-
-    def arrive(barriers: list[Any], race: Any, warp: int, reading: list[Any]) -> Any:
-        if _current:
-            r = _current[-1]
-            r.note([warp], *[(r.barrier(found, (0, 0, 0)), 1) for found in barriers])
-        return plain(barriers, race, warp, reading)
-
-    return arrive
-
-
 @contextmanager
 def listening() -> Iterator[None]:
     """Programs that are loaded inside tell recordings what they synchronise on."""
@@ -253,7 +252,6 @@ def listening() -> Iterator[None]:
         (bulk_copy, "told", _inner_told(bulk_copy.told, False)),
         (launch_control, "told", _inner_told(launch_control.told, True)),
         (products.Product, "claim", _inner_claim(products.Product.claim)),
-        (tcgen05, "_arrive", _inner_commit(tcgen05._arrive)),
     ]
     changed += [(module, name, getattr(module, name)) for module, name, _ in inner]
     programs.load.cache_clear()

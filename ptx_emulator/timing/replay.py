@@ -17,7 +17,7 @@ from .record import CLUSTER, Recording
 from .table import Machine
 
 SOURCE = Path(__file__).with_name("replay.cpp")
-UNITS = (*PIPES, "tensor core", "tmem", "smem", "l2", "issue")
+UNITS = (*PIPES, "tensor core", "tmem", "smem", "l2", "issue slots")
 TENSOR_UNIT, TMEM_UNIT = len(PIPES), len(PIPES) + 1
 KEPT = 200_000  # intervals of units
 
