@@ -36,6 +36,8 @@ FIELDS = (
 class Generics(Generic[T]):
     """For AttentionImpl and AttentionMetadataBuilder: what they declare is of no matter here."""
 
+    reorder_batch_threshold = None
+
     def __init__(self, *_):
         pass
 

@@ -191,21 +191,27 @@ def test_another_group_of_layers(kernel):
 
 
 @pytest.mark.parametrize(
-    "batch, num_cached",
+    "batch, requests",
     [
-        (BATCH, 4),
-        (((1, 8), (1, 9)), 2),  # decoding alone
-        (((8, 8), (1, 9)), 2),  # a prompt before a decoding request stays with it
-        (((8, 8), (5, 5)), 0),
-        (((1, 9), (0, 0), (0, 0)), 3),  # padding, as graphs have it
-        (((1, 9), (0, 0), (8, 8), (0, 0)), 1),
+        (BATCH, [2, 2, 2]),
+        (((1, 8), (1, 9)), [2]),  # decoding alone
+        (((1, 8), (5, 9), (5, 9)), [1, 2]),
+        (((5, 9), (1, 8)), [2]),  # not in vLLM's order: right, if not fast
+        (((8, 8), (1, 9)), [2]),  # a prompt before a decoding request stays with it
+        (((8, 8), (5, 5)), [2]),
+        (((1, 9), (0, 0), (0, 0)), [3]),  # padding, as graphs have it
+        (((1, 9), (0, 0), (8, 8), (0, 0)), [1, 3]),
     ],
 )
-def test_which_requests_are_apart(batch, num_cached):
-    metadata = builder().build(0, step(batch).common)
-    assert (0 if metadata.cached is None else metadata.cached.seq_lens.shape[0]) == num_cached
-    if metadata.fresh is not None:
-        assert metadata.fresh.query_start_loc[0] == 0
+def test_parts_of_a_batch(batch, requests):
+    made = step(batch)
+    metadata = builder().build(0, made.common)
+    parts = [*metadata.cached, *filter(None, [metadata.fresh])]
+    assert [len(part.query_start_loc) - 1 for part in parts] == requests
+    assert [part.start for part in parts] == [0, *[part.end for part in parts[:-1]]]
+    assert all(part.query_start_loc[0] == 0 for part in parts)
+    outs = run(made, layer(), metadata)
+    judge(made, outs, Rule(causal=True))
 
 
 class OnlyViews(TorchDispatchMode):

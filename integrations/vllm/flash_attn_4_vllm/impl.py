@@ -85,14 +85,14 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             return output.fill_(0)
         if self.attn_type == AttentionType.ENCODER_ONLY:
             whole = batch.whole
-            all_keys = Fresh(0, whole.num_tokens, whole.max_query_len, whole.query_start_loc)
+            all_keys = Fresh(0, whole.end, whole.max_query_len, whole.query_start_loc)
             self._attend_fresh(query, key, value, all_keys, output, causal=False)
             return output
         cached, fresh = batch.cached, batch.fresh
         if self.kv_sharing_target_layer_name is not None:
-            cached, fresh = batch.whole, None
-        if cached is not None:
-            self._attend_cached(layer, query, kv_cache, cached, output, batch.causal)
+            cached, fresh = (batch.whole,), None
+        for part in cached:
+            self._attend_cached(layer, query, kv_cache, part, output, batch.causal)
         if fresh is not None:
             self._attend_fresh(query, key, value, fresh, output, batch.causal)
         return output
@@ -106,6 +106,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
         output: Tensor,
         causal: bool,
     ) -> None:
+        tokens = slice(part.start, part.end)
         keys, values = split_cache(kv_cache, self.head_size, self.fp8)
         descales = {}
         if self.fp8:
@@ -113,7 +114,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             descales["k_descale"] = layer._k_scale.expand(shape).contiguous()
             descales["v_descale"] = layer._v_scale.expand(shape).contiguous()
         self.kernel.flash_attn_varlen_func(
-            query[: part.num_tokens],
+            query[tokens],
             keys,
             values,
             part.query_start_loc,
@@ -123,7 +124,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             seqused_k=part.seq_lens,
             block_table=part.block_table,
             causal=causal,
-            out=output[: part.num_tokens],
+            out=output[tokens],
             **descales,
             **self.options,
         )

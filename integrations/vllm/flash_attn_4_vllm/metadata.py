@@ -16,12 +16,13 @@ from vllm.v1.attention.backend import (
 
 @dataclass
 class Cached:
-    """Requests from the start of the batch on, whose keys are read from the pages."""
+    """Requests beside each other, whose keys are read from the pages."""
 
-    num_tokens: int
+    start: int  # the first of their tokens in the batch
+    end: int
     max_query_len: int
     max_seq_len: int
-    query_start_loc: Tensor  # int32 (requests + 1,)
+    query_start_loc: Tensor  # int32 (requests + 1,), beginning at 0
     seq_lens: Tensor  # int32 (requests,)
     block_table: Tensor  # int32 (requests, pages)
 
@@ -38,13 +39,14 @@ class Fresh:
 
 @dataclass
 class FlashAttn4Metadata:
-    """A batch, in vLLM's order: `cached` requests, then `fresh` ones; either may be missing.
+    """A batch, in vLLM's order: parts that are `cached`, then a `fresh` one.
 
-    `whole` is all of it read from the pages, for layers that share those of another layer.
+    Requests that decode are a part of their own, so that each kernel gets what it is made for.
+    `whole` is all of the batch read from the pages, for layers that share those of another layer.
     """
 
     whole: Cached
-    cached: Cached | None
+    cached: tuple[Cached, ...]
     fresh: Fresh | None
     causal: bool
 
@@ -61,6 +63,9 @@ class FlashAttn4MetadataBuilder(AttentionMetadataBuilder[FlashAttn4Metadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM then puts requests with so few queries first: decoding ones, and drafts to verify.
+        if vllm_config is not None:
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
 
     def build(
         self,
@@ -68,7 +73,7 @@ class FlashAttn4MetadataBuilder(AttentionMetadataBuilder[FlashAttn4Metadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> FlashAttn4Metadata:
-        """The batch, with requests that start from nothing apart, unless `fast_build`.
+        """The batch in parts, or in one if `fast_build`.
 
         Raises:
             NotImplementedError: causal differs between requests.
@@ -79,14 +84,18 @@ class FlashAttn4MetadataBuilder(AttentionMetadataBuilder[FlashAttn4Metadata]):
                 "causal=a tensor: flash-attn-4 masks all requests of a batch alike. "
                 "Select another attention backend for this model."
             )
-        num_cached = common.num_reqs if fast_build else _num_cached(common)
         whole = _whole(common)
-        if num_cached == common.num_reqs:
-            return FlashAttn4Metadata(whole, whole, None, common.causal)
+        if fast_build:
+            return FlashAttn4Metadata(whole, (whole,), None, common.causal)
+        num_cached = _num_cached(common)
+        num_decodes = _num_decodes(common, num_cached, self.reorder_batch_threshold or 1)
+        if num_cached == common.num_reqs and num_decodes in (0, num_cached):
+            return FlashAttn4Metadata(whole, (whole,), None, common.causal)
+        cuts = ((0, num_decodes), (num_decodes, num_cached))
         return FlashAttn4Metadata(
             whole=whole,
-            cached=_cached(common, num_cached) if num_cached else None,
-            fresh=_fresh(common, num_cached),
+            cached=tuple(_cached(common, a, b) for a, b in cuts if a < b),
+            fresh=_fresh(common, num_cached) if num_cached < common.num_reqs else None,
             causal=common.causal,
         )
 
@@ -100,13 +109,13 @@ class FlashAttn4MetadataBuilder(AttentionMetadataBuilder[FlashAttn4Metadata]):
         self, metadata: FlashAttn4Metadata, blk_table: Tensor, slot_mapping: Tensor
     ) -> FlashAttn4Metadata:
         """The same batch in another group of layers, whose pages lie elsewhere."""
+        first, parts = 0, []
+        for part in metadata.cached:
+            last = first + part.seq_lens.shape[0]
+            parts.append(replace(part, block_table=blk_table[first:last]))
+            first = last
         whole = replace(metadata.whole, block_table=blk_table)
-        if metadata.fresh is None:
-            return replace(metadata, whole=whole, cached=whole)
-        cached = metadata.cached
-        if cached is not None:
-            cached = replace(cached, block_table=blk_table[: cached.seq_lens.shape[0]])
-        return replace(metadata, whole=whole, cached=cached)
+        return replace(metadata, whole=whole, cached=tuple(parts))
 
 
 def _num_cached(common: CommonAttentionMetadata) -> int:
@@ -127,9 +136,17 @@ def _num_cached(common: CommonAttentionMetadata) -> int:
     return num_cached if starts[-1] > starts[num_cached] else common.num_reqs
 
 
+def _num_decodes(common: CommonAttentionMetadata, num_cached: int, few: int) -> int:
+    """How many of the first requests have at most `few` queries."""
+    starts = common.query_start_loc_cpu[: num_cached + 1].numpy()
+    (many,) = (starts[1:] - starts[:-1] > few).nonzero()
+    return int(many[0]) if len(many) else num_cached
+
+
 def _whole(common: CommonAttentionMetadata) -> Cached:
     return Cached(
-        num_tokens=common.num_actual_tokens,
+        start=0,
+        end=common.num_actual_tokens,
         max_query_len=common.max_query_len,
         max_seq_len=common.max_seq_len,
         query_start_loc=common.query_start_loc,
@@ -138,16 +155,18 @@ def _whole(common: CommonAttentionMetadata) -> Cached:
     )
 
 
-def _cached(common: CommonAttentionMetadata, num_cached: int) -> Cached:
-    starts = common.query_start_loc_cpu[: num_cached + 1]
-    assert common.seq_lens_cpu_upper_bound is not None, "the batch was split by it"
+def _cached(common: CommonAttentionMetadata, first: int, last: int) -> Cached:
+    starts = common.query_start_loc_cpu[first : last + 1]
+    on_device = common.query_start_loc[first : last + 1]
+    longest = getattr(common, "seq_lens_cpu_upper_bound", None)
     return Cached(
-        num_tokens=int(starts[-1]),
+        start=int(starts[0]),
+        end=int(starts[-1]),
         max_query_len=int(starts.diff().max()),
-        max_seq_len=int(common.seq_lens_cpu_upper_bound[:num_cached].max()),
-        query_start_loc=common.query_start_loc[: num_cached + 1],
-        seq_lens=common.seq_lens[:num_cached],
-        block_table=common.block_table_tensor[:num_cached],
+        max_seq_len=common.max_seq_len if longest is None else int(longest[first:last].max()),
+        query_start_loc=on_device - on_device[0] if first else on_device,
+        seq_lens=common.seq_lens[first:last],
+        block_table=common.block_table_tensor[first:last],
     )
 
 
