@@ -4,7 +4,8 @@
 
 Every case is a call with a defined answer, drawn from a seed and judged by the float64 oracle:
 layouts, lengths, heads, head dimensions, dtypes, masks, softcap, sinks, ALiBi, scales, splits,
-strides, fills, NaN in whatever must not be read, dropout, appending to a cache. What fails is
+strides, fills, NaN in whatever must not be read, dropout, appending to a cache, merging partial
+results. What fails is
 shrunk to a minimal case; --replay runs one again. Calls that the back end refuses
 (NotImplementedError) are counted as refused, never as passed. The last line sums up; the status is
 0 if some cases passed and nothing was found.
@@ -67,9 +68,10 @@ def replay(options: argparse.Namespace) -> int:
     from ..cases import Case
     from ..oracle import Rule
     from .backends import open_backend
+    from .merges import Merge
     from .verdict import verify
 
-    names = {"torch": torch, "Case": Case, "Append": Append, "Rule": Rule}
+    names = {"torch": torch, "Case": Case, "Append": Append, "Merge": Merge, "Rule": Rule}
     value = eval(options.replay, names)  # the user's own command line
     backend = open_backend(options.backend, options.arch)
     with backend.running(value):

@@ -16,6 +16,7 @@ from ..append_cases import Append
 from ..cases import ALIGNED_STRIDES, BF16, F16, F32, UNALIGNED_STRIDES, Case
 from ..inputs import FILLS
 from ..oracle import Rule
+from .merges import Merge
 
 PAGE_SIZES = (1, 3, 8, 16, 32, 64, 128, 256)
 RATIOS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
@@ -60,6 +61,7 @@ class Kernel:
     rotary: str | None = None
     rotary_dim: int = 0
     fp8: bool = False
+    merge: bool = False
 
     @property
     def features(self) -> int:
@@ -86,6 +88,10 @@ def draw_kernel(rng: random.Random) -> Kernel:
         "aligned": not rarely(),
         "splits": rarely(0.25),
     }
+    if rarely(0.08):
+        return Kernel(
+            merge=True, splits=rarely(0.5), **{k: common[k] for k in ("dtype", "d", "aligned")}
+        )
     if rarely(0.25):
         rotary = rng.choice((None, "interleaved", "halves"))
         half = d // 2 if rarely(0.5) else rng.randint(1, d // 2)
@@ -172,10 +178,12 @@ def heads(draw, limits: Limits) -> tuple[int, int]:
 
 
 @st.composite
-def cases(draw, pool: tuple[Kernel, ...], limits: Limits) -> Case | Append:
+def cases(draw, pool: tuple[Kernel, ...], limits: Limits) -> Case | Append | Merge:
     """One call of one of the kernels of the pool."""
     kernel = draw(st.sampled_from(pool))
     seed = draw(st.integers(0, 2**16))
+    if kernel.merge:
+        return merge_call(draw, kernel, limits, seed)
     num_heads, heads_kv = heads(draw, limits)
     most = max(1, min(4, limits.rows // num_heads))
     paged_or_append = kernel.append or kernel.layout.startswith("paged")
@@ -223,6 +231,23 @@ def plain_call(draw, kernel: Kernel, limits: Limits, num_heads, batch: int, seed
         fill=draw(st.sampled_from(fills)),
         strides=strides,
         return_lse=kernel.return_lse,
+    )
+
+
+def merge_call(draw, kernel: Kernel, limits: Limits, seed: int) -> Merge:
+    """A stack of parts if the kernel `splits`, else a pair."""
+    return Merge(
+        parts=draw(st.integers(1, max(limits.splits))) if kernel.splits else 2,
+        batch=draw(st.none() | st.integers(1, 3)),
+        length=draw(st.integers(1, 20)),
+        heads=draw(st.integers(1, 3)),
+        d=kernel.d,
+        dtype=kernel.dtype,
+        out_dtype=draw(st.sampled_from((None, F32, F16, BF16))),
+        pair=not kernel.splits,
+        aligned=kernel.aligned,
+        empty=draw(st.sampled_from((0.0, 0.4, 1.0))),
+        seed=seed,
     )
 
 

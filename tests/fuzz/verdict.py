@@ -10,15 +10,22 @@ from .. import append_cases, harness
 from ..append_cases import Append
 from ..cases import Case
 from ..harness import Call
+from . import merges
+from .merges import Merge
 
 
-def verify(package: ModuleType, value: Case | Append, device: torch.device, twice: bool) -> None:
+def verify(
+    package: ModuleType, value: Case | Append | Merge, device: torch.device, twice: bool
+) -> None:
     """Call, and compare with the oracle.
 
     Raises:
         NotImplementedError: the call is refused; nothing was written then.
         AssertionError: a wrong result, an input that changed, or a second run that differs.
     """
+    if isinstance(value, Merge):
+        merges.verify(package, value, device)
+        return
     if isinstance(value, Append):
         append_cases.verify(package, value, device)
         return
