@@ -56,13 +56,17 @@ _UPDATE = (
 _callables: weakref.WeakValueDictionary[int, Callable] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result
 def _handle(function: Callable | None) -> int:
     """A number that stands for `function` in an operator's arguments; 0 for None."""
     if function is None:
         return 0
     _callables[id(function)] = function
     return id(function)
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo: seconds, for nothing
+# unless a call is compiled.
+_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _resolve(handle: int) -> Callable | None:
