@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 import torch
@@ -109,6 +109,8 @@ class AttentionOptions:
     max_seqlen_k: int | None = None
     return_lse: bool = False
     requires_grad: bool = False
+    # Whether calls may be known by this object: it answers for all with these numbers.
+    known: bool = field(default=False, compare=False, repr=False)
 
     def __hash__(self) -> int:
         # Of the fields that tell calls apart in practice: every call looks its options up.
@@ -317,6 +319,13 @@ def signature_of(t: AttentionTensors, options: AttentionOptions) -> tuple | None
         )
     except AttributeError:  # not a tensor, as the check will say
         return None
+
+
+def plain_signature(signature: tuple) -> tuple | None:
+    """What is left of a signature of aligned q, k and v without any other tensor, else None."""
+    *tensors, addresses, options = signature[:14]
+    others = (addresses, *signature[14:])
+    return (*tensors, options) if all(x is None for x in others) else None
 
 
 _optional = attrgetter(

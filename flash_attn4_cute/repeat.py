@@ -54,6 +54,8 @@ class Repeat:
         q, out = arguments[0], arguments[3]
         # The cheapest way to new memory is to ask for more of the same.
         self.out_like_q = not self.sparse and out.shape == q.shape and q.is_contiguous()
+        results = ("out", "lse") if problem.return_lse else ("out",)
+        self.is_plain = [_SOURCES[name] for name in names] == ["q", "k", "v", *results]
         self.tensors_of = attrgetter(*(_SOURCES[name] for name in names))
 
     @staticmethod
@@ -80,6 +82,21 @@ class Repeat:
         self.ready.launch(addresses)
         assert tensors.out is not None
         return tensors.out, tensors.lse
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        """What the public function returns, from q, k and v alone; see `is_plain`."""
+        problem = self.problem
+        out = torch.empty_like(q) if self.out_like_q else q.new_empty(problem.out_shape(q))
+        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+        lse = None
+        if self.to_allocate:
+            lse = q.new_empty(problem.lse_shape(q), dtype=torch.float32)
+            addresses.append(lse.data_ptr())
+        if self.workspace_at is not None:
+            workspace = torch.empty(self.workspace_size, dtype=torch.float32, device=q.device)
+            addresses.insert(self.workspace_at, workspace.data_ptr())
+        self.ready.launch(addresses)
+        return out if lse is None else (out, lse)
 
 
 def is_sparse(problem: AttentionProblem) -> bool:

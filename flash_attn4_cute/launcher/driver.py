@@ -131,4 +131,8 @@ def cuda_driver() -> Driver:
         raise RuntimeError(
             f"flash-attn-4 needs NVIDIA's driver for CUDA 12 or newer ({error})"
         ) from error
+    # Calls that are made at each launch, straight.
+    if _current_raw_stream is not None:
+        driver.stream = _current_raw_stream  # type: ignore[method-assign]
+    driver.current_device = torch._C._cuda_getDevice  # type: ignore[method-assign]
     return driver

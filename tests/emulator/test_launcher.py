@@ -161,11 +161,11 @@ def on_gpu(fa4, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(plan, "supported_card", lambda d: device.Card("a card", (12, 0), 4))
     monkeypatch.setattr(execute, "_variant", lambda problem: execute._cuda())
-    execute._repeats.clear()
+    execute.forget()
     plan.make_plan.cache_clear()
     with recorded(driver) as launches:
         yield execute, launches
-    execute._repeats.clear()
+    execute.forget()
     plan.make_plan.cache_clear()
 
 
@@ -179,12 +179,30 @@ def with_other_addresses(params: tuple[bytes, ...], moved: dict[int, int]) -> li
     return [[moved.get(word, word) for word in param] for param in words]
 
 
-def test_a_repeated_call_passes_other_addresses_and_nothing_else(fa4, on_gpu):
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_a_repeated_call_passes_other_addresses_and_nothing_else(fa4, on_gpu, packed, splits, lse):
+    """By the shortest way, for q, k and v alone, and by the one that serves all arguments."""
     execute, launches = on_gpu
     first, second = tensors(0), tensors(1)
-    outs = [fa4.flash_attn_func(*qkv, causal=True) for qkv in (first, second)]
-    assert len(execute._repeats) == 1 and len(launches) == 2
-    pairs = zip((*first, outs[0]), (*second, outs[1]), strict=True)
+    options = {"causal": True, "num_splits": splits, "return_lse": lse}
+    if packed:
+        for qkv in (first, second):
+            starts = torch.tensor([0, 200], dtype=torch.int32)
+            qkv[:] = [*(t[0] for t in qkv), starts, starts.clone()]
+        answers = [
+            fa4.flash_attn_varlen_func(*args, 200, 200, **options) for args in (first, second)
+        ]
+    else:
+        answers = [fa4.flash_attn_func(*qkv, **options) for qkv in (first, second)]
+    outs = [answer if lse else (answer,) for answer in answers]
+    assert len(execute._plain_repeats) == (0 if packed else 1) <= len(execute._repeats) == 1
+    if splits > 1:  # parts and their merge; the workspace is anywhere
+        assert len(launches) == 4 and launches[3].kernel == launches[1].kernel
+        return
+    assert len(launches) == 2
+    pairs = zip((*first, *outs[0]), (*second, *outs[1]), strict=True)
     moved = {a.data_ptr(): b.data_ptr() for a, b in pairs}
     expected = with_other_addresses(launches[0].params, moved)
     assert with_other_addresses(launches[1].params, {}) == expected != []

@@ -17,6 +17,7 @@ from torch import Tensor
 from .documentation import documented
 from .engine import _flash_attn_fwd as _flash_attn_fwd
 from .engine import get_scheduler_metadata as get_scheduler_metadata
+from .execute import repeated
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
@@ -63,15 +64,7 @@ def flash_attn_func(
 
     {raises}
     """
-    tensors = AttentionTensors(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
-        alibi_slopes=alibi_slopes,
-        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
-    )
+    sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     options = options_of(
         (causal, window_size, mask_mod),
         softmax_scale,
@@ -84,7 +77,21 @@ def flash_attn_func(
         None,
         None,
         return_lse,
-        needs_grad(q, k, v, tensors.sink),
+        needs_grad(q, k, v, sink),
+    )
+    plain = out is sink is alibi_slopes is aux_tensors is scheduler_metadata is None
+    if plain and options.known:
+        result = repeated(q, k, v, options)
+        if result is not None:
+            return result
+    tensors = AttentionTensors(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        sink=sink,
+        alibi_slopes=alibi_slopes,
+        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
     )
     return answer(tensors, options, scheduler_metadata)
 

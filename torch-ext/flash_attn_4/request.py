@@ -54,7 +54,7 @@ def key_lengths(
 
 _known_options: dict[tuple, AttentionOptions] = {}
 _MAX_OPTIONS = 1024
-_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionOptions))[1:]
+_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionOptions))[1:-1]
 _PLAIN_TYPES = frozenset({bool, int, float, type(None)})
 
 
@@ -76,6 +76,7 @@ def options_of(mask: tuple, *values: Any) -> AttentionOptions:
         if mask_mod is None and _PLAIN_TYPES.issuperset(map(type, plain)):
             if len(_known_options) >= _MAX_OPTIONS:
                 _known_options.clear()
+            object.__setattr__(found, "known", not found.requires_grad)
             _known_options[mask, values] = found
     return found
 
@@ -87,9 +88,11 @@ def _new_options(mask: tuple, values: tuple) -> AttentionOptions:
 
 def needs_grad(*tensors: Any) -> bool:
     """Whether autograd has to record a call on these tensors."""
-    return torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in tensors
-    )
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and isinstance(t, Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 def answer(
