@@ -5,13 +5,14 @@ from typing import Any
 from flash_attn4_cute.build.shipped import SHIPPED
 from flash_attn4_cute.compiler import with_target
 from flash_attn4_cute.device import VARIANTS, Card
-from flash_attn4_cute.mask_rule import Band
+from flash_attn4_cute.mask_rule import FULL, Band
 from flash_attn4_cute.plan import plan_on
 from flash_attn4_cute.problem import AttentionProblem, Layout
 
 from .cases import Case
 
-SHORT = 72  # tokens that stand for a long prompt: with four heads to a key head, more than 128 rows
+SHORT = 130  # tokens that stand for a long prompt: more rows than the decode kernel takes
+PAIRED = 512  # the same where CTAs work in pairs: all rows of one
 LAYOUTS = {
     (Layout.DENSE, Layout.DENSE): "dense",
     (Layout.VARLEN, Layout.VARLEN): "varlen",
@@ -22,7 +23,8 @@ LAYOUTS = {
 
 def small_case(problem: AttentionProblem, number: int) -> Case:
     """A call of few tokens that the same kernel answers."""
-    queries = min(problem.seqlen_q, SHORT)
+    unmasked = problem.mask == FULL and problem.q_layout is Layout.DENSE
+    queries = min(problem.seqlen_q, PAIRED if unmasked else SHORT)
     dense_q, dense_k = (x is Layout.DENSE for x in (problem.q_layout, problem.kv_layout))
     band = problem.mask if isinstance(problem.mask, Band) else None
     window = (40, 0) if band is not None and band.left is not None else (None, None)
@@ -31,8 +33,8 @@ def small_case(problem: AttentionProblem, number: int) -> Case:
         seqlens_q=(queries, queries if dense_q else max(queries // 2, 1)),
         seqlens_k=(150, 150 if dense_k else 81),
         used_k=(150, 81) if dense_k and problem.has_seqused_k else None,
-        heads=4,
-        heads_kv=1,
+        heads=max(problem.num_heads // problem.num_heads_kv, 2),
+        heads_kv=1 if problem.num_heads > problem.num_heads_kv else 2,
         d=problem.head_dim,
         d_v=problem.head_dim_v,
         dtype=problem.dtype,

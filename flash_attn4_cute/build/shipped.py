@@ -24,7 +24,10 @@ BF16, FP16 = torch.bfloat16, torch.float16
 DENSE, VARLEN, PAGED = Layout.DENSE, Layout.VARLEN, Layout.PAGED
 CAUSAL, WINDOW = Band(None, 0), Band(127, 0)
 NUM_SMS = 132  # of no importance: splits are asked for by number
-HEADS, HEADS_KV = 32, 8
+HEADS = 32
+# Query heads to a key head in current models, the most frequent first. Only the tcgen05 kernels are
+# compiled for it, where heads share tiles.
+RATIOS = {64: (8, 4), 96: (1,), 128: (4, 8), 192: (1,), 256: (2, 8)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ class Calls:
 
     `dims` are (head_dim, head_dim_v), `layouts` (of queries, of keys, tokens a page or None).
     `queries` are tokens of the longest sequence; `fixed` are further fields of AttentionProblem.
+    Query heads to a key head are those of RATIOS, up to `num_ratios` of them.
     """
 
     what: str
@@ -43,15 +47,19 @@ class Calls:
     queries: tuple[int, ...] = (4096,)
     splits: tuple[int, ...] = (1,)
     fixed: tuple[tuple[str, Any], ...] = ()
+    num_ratios: int = 1
 
     def problems(self) -> Iterator[AttentionProblem]:
         """The calls as the planner sees them."""
+        ratios = range(self.num_ratios)
         choices = (self.dims, self.masks, self.layouts, self.dtypes, self.queries, self.splits)
-        for dims, mask, layout, dtype, queries, splits in product(*choices):
+        for dims, mask, layout, dtype, queries, splits, ratio in product(*choices, ratios):
             used = layout[1] is PAGED
+            heads_kv = HEADS // RATIOS[dims[0]][ratio % len(RATIOS[dims[0]])]
             yield AttentionProblem(
                 **_COMMON
                 | {
+                    "num_heads_kv": heads_kv,
                     "head_dim": dims[0],
                     "head_dim_v": dims[1],
                     "softmax_scale": dims[0] ** -0.5,
@@ -73,7 +81,6 @@ _COMMON: dict[str, Any] = {
     "batch": 2,
     "seqlen_k": 4096,
     "num_heads": HEADS,
-    "num_heads_kv": HEADS_KV,
     "softcap": 0.0,
     "has_seqused_q": False,
     "has_kv_batch_idx": False,
@@ -87,7 +94,7 @@ _COMMON: dict[str, Any] = {
     "requires_grad": False,
 }
 PACKED = ((DENSE, DENSE, None), (VARLEN, VARLEN, None))
-FEW, SPLIT = (1, 8), (1, 8)  # 4 and 32 packed rows: both row tiles of the decode kernel
+FEW, SPLIT = (1, 8), (1, 8)  # up to 16 packed rows, and more: both row tiles of the decode kernel
 SINK = (("has_sink", True), ("sink_dtype", BF16))
 SHIPPED: tuple[Calls, ...] = (
     Calls(
@@ -95,6 +102,14 @@ SHIPPED: tuple[Calls, ...] = (
         dims=((64, 64), (96, 96), (128, 128), (256, 256)),
         masks=(FULL, CAUSAL, WINDOW),
         layouts=PACKED,
+        num_ratios=2,
+    ),
+    Calls(
+        what="the same, short: where tcgen05 kernels do not pair CTAs",
+        dims=((64, 64), (96, 96), (128, 128), (192, 128)),
+        masks=(FULL,),
+        layouts=((DENSE, DENSE, None),),
+        queries=(130,),
     ),
     Calls(
         what="prefill of latent attention, with and without LSE",
@@ -174,6 +189,7 @@ SHIPPED: tuple[Calls, ...] = (
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64), (DENSE, PAGED, 64)),
         queries=FEW,
         splits=SPLIT,
+        num_ratios=2,
     ),
     Calls(
         what="decoding from pages with sinks (gpt-oss)",
