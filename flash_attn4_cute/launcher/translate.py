@@ -219,7 +219,7 @@ def _pointers(program: Program) -> tuple[tuple[tuple[int, int], ...], tuple[int,
                     sources.add(i)
                     follows = follows and moved[slot] == before[slot] + shift
         if follows and len(sources) == 1:
-            found.append((slot, *sources))
+            found.append((slot, min(sources)))
         else:
             decisive |= sources
     return tuple(found), tuple(sorted(decisive))
