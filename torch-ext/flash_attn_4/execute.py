@@ -49,6 +49,10 @@ def attend(
     if update is not None:
         along = not isinstance(band_of(problem.mask), Full)
         variant.append(update, tensors, along)
+        signature = signature_of(tensors, options)
+        known = _repeats.get(signature)
+        if known is not None:
+            return known(tensors)
     launched = _run(problem, tensors, variant.forward)
     if signature is not None and launched is not None:
         _remember(signature, Repeat.of(problem, launched))
