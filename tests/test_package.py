@@ -237,11 +237,11 @@ ATTENTION_ON_CPU = """
     from kernels import get_local_kernel
     from pathlib import Path
     fa4 = get_local_kernel(Path("build/torch-cpu"))
+    assert "torch._dynamo" not in sys.modules, "it takes seconds to import"
     q, k, v = (torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(3))
     out = fa4.flash_attn_func(q, k, v, causal=True)
     out.sum().backward()
     print(out.isfinite().all().item(), q.grad is not None, fa4.__name__)
-    assert "torch._dynamo" not in sys.modules, "it takes seconds to import"
 """
 
 

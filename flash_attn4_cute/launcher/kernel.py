@@ -17,6 +17,7 @@ from typing import Any
 
 from . import driver as drivers
 from .driver import NO_CONTEXT, Driver
+from .integers import signed
 from .program import POINTER, Launch, Program, evaluate
 
 _ALIGN = 128  # of parameters, for descriptors among them
@@ -54,7 +55,8 @@ class ReadyCall:
                     self.bytes[at : at + field.size] = value.to_bytes(field.size, "little")
                     source = followed.get(field.slot)
                     if source is not None:
-                        patches.append((at // 8, pointers[source], value - inputs[source]))
+                        distance = signed((value - inputs[source]) % 2**64, 64)
+                        patches.append((at // 8, pointers[source], distance))
             self._write_launch(launch, places, slots)
             patches.append(((places.config + _STREAM_AT) // 8, len(pointers), 0))
             handle = ctypes.c_void_p(kernel.handle(launch.kernel, device))

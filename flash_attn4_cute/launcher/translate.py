@@ -217,7 +217,7 @@ def _pointers(program: Program) -> tuple[tuple[tuple[int, int], ...], tuple[int,
                 )
                 if moved[slot] != before[slot]:
                     sources.add(i)
-                    follows = follows and moved[slot] == before[slot] + shift
+                    follows = follows and moved[slot] == (before[slot] + shift) % 2**64
         if follows and len(sources) == 1:
             found.append((slot, min(sources)))
         else:
