@@ -13,6 +13,7 @@ from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler, WorkTile
 from ..common.seqlen import SeqlenInfo
 from . import pair
+from .order import tile_of_index
 from .rows import RowMap
 from .tiles import BLOCK_M, TileConfig
 
@@ -88,7 +89,7 @@ class WorkQueue:
     @cute.jit
     def work(self, args: ForwardArgs, turn: Int32) -> Work:
         cfg, rows = self.cfg, self.rows
-        tile = self.scheduler.tile(self.scheduler.index(turn, cfg.ctas))
+        tile = tile_of_index(args, self.scheduler, self.scheduler.index(turn, cfg.ctas))
         seqlen = SeqlenInfo.of(args, tile.batch)
         mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
         token = tile.m_block * cfg.block_tokens
