@@ -1,6 +1,7 @@
 """Tables, plots and a timeline of the timing model.
 
-usage: python -m ptx_emulator.timing [--fit] [--only b200 gb300 h200 grid] [--output DIR]
+usage: python -m ptx_emulator.timing [--fit] [--only b200 gb300 h200 grid] [--arch sm_103a]
+                                      [--output DIR]
        python -m ptx_emulator.timing --trace FILE [--kernel upstream --head-dim 128 --causal]
 
 Kernels are compiled and recorded in the emulator at first, then taken from .cache/timing.
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="search the fitted constants again")
     parser.add_argument("--output", type=Path, default=Path("build/timing"))
     parser.add_argument("--trace", type=Path, help="write the timeline of one CTA, and no tables")
-    parser.add_argument("--arch", default="sm_100a")
+    parser.add_argument("--arch", default="sm_100a", choices=("sm_100a", "sm_103a"))
     parser.add_argument("--kernel", default="ours", choices=("ours", "upstream"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--causal", action="store_true")
@@ -76,14 +77,15 @@ def table_of(part: str, model: Model, points: list[Point]) -> list[Row]:
 
 def compare(options: argparse.Namespace, models: dict[str, Model]) -> None:
     """Print and draw predictions for ours and upstream's."""
-    model = models.get("sm_100a") or Model(machine_of("sm_100a"))
+    model = models.get(options.arch) or Model(machine_of(options.arch))
     cells, missing = report.grid(model)
     print(f"\n## Predicted: ours / upstream\n\n{report.comparison(cells)}\n")
     kernels = [kernel for kernel in model.kernels if kernel.who in ("ours", "upstream")]
     print(report.cost_table(model, kernels))
     for line in missing:
         print(f"not predicted: {line}")
-    title = "B200 forward, bf16, 32768 tokens: PREDICTED by the timing model, not measured"
+    card = {"sm_100a": "B200", "sm_103a": "GB300"}[options.arch]
+    title = f"{card} forward, bf16, 32768 tokens: PREDICTED by the timing model, not measured"
     plots.predictions(options.output / "predictions.png", cells, title)
 
 

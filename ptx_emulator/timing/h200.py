@@ -11,11 +11,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "2026-11-29-h200-forward-peers.json"
 ARCH = "sm_90a"
 # Column of the results -> who wrote the kernel.
 KERNELS = {"ours": "ours", "upstream-sm90": "upstream", "upstream-sm120": "upstream-sm120"}
-DIMENSIONS = (64, 128)  # that are recorded
+FITTED = (64, 128)
+DIMENSIONS = (64, 96, 128, 256)  # that are recorded
 
 
 def points(path: Path = RESULTS) -> list[Point]:
-    """(kernel, problem, TFLOP/s, whether it is fitted): every other shape is held out."""
+    """(kernel, problem, TFLOP/s, whether it is fitted).
+
+    Held out are every other pair of shapes with d 64 or 128, and all others.
+    """
     found = []
     shapes = [
         row for row in json.loads(path.read_text())["rows"]
@@ -29,5 +33,12 @@ def points(path: Path = RESULTS) -> list[Point]:
         for column, who in KERNELS.items():
             kernel = Kernel(who, ARCH, d, d, causal)
             # Shapes come in pairs, dense and causal.
-            found.append((kernel, problem, row["measured"][column]["tflops"], index // 2 % 2 == 0))
+            found.append(
+                (
+                    kernel,
+                    problem,
+                    row["measured"][column]["tflops"],
+                    d in FITTED and index // 2 % 2 == 0,
+                )
+            )
     return found

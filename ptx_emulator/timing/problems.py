@@ -256,11 +256,15 @@ def lowered(kernel: Kernel, machine: Machine) -> Lowered:
 
 
 def _digest(kernel: Kernel) -> str:
-    """Of whatever streams depend on."""
+    """Of what streams depend on: our kernels, and how PTX is cut into blocks and recorded.
+
+    How the emulator executes an instruction does not count, as long as it executes it rightly.
+    """
     found = hashlib.sha1(repr(kernel).encode())
-    folders = ["ptx_emulator"] + (["flash_attn4_cute"] if kernel.who == "ours" else [])
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.parent.name != "timing" or path.name == "record.py":
-                found.update(path.read_bytes())
+    sources = [Path(__file__).with_name("record.py")]
+    sources += sorted((ROOT / "ptx_emulator" / "ptx").glob("*.py"))
+    if kernel.who == "ours":
+        sources += sorted((ROOT / "flash_attn4_cute").rglob("*.py"))
+    for path in sources:
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
