@@ -125,7 +125,7 @@ class CorrectionRole:
             factor = cute.math.exp2(m_old - m_log2, fastmath=True)
             total = total * factor + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
         # ln l + m * scale, with scale = c ln 2
-        lse = (cute.math.log2(total, fastmath=True) + m_log2) / LOG2_E
+        lse = (cute.math.log2(total, fastmath=True) + m_log2) * (1.0 / LOG2_E)
         epilogue.store_lse(args, -Float32.inf if empty else lse)
         if const_expr(self.score.dropout):
             factor = factor * args.score.keep_scale

@@ -148,6 +148,10 @@ RACES = {
         FILL + STORE.replace("DRAIN", ""),
         FILL + FENCE + STORE.replace("DRAIN", ""),
     ),
+    "a bulk store of writes behind the fence": (
+        FILL + FENCE + FILL.replace(", %r2;", ", %r3;") + STORE.replace("DRAIN", ""),
+        FILL + FENCE + FILL.replace(", %r2;", ", %r3;") + FENCE + STORE.replace("DRAIN", ""),
+    ),
     "a write into the source of a bulk store": (
         FILL + FENCE + STORE.replace("DRAIN", "") + FILL.replace(", %r2;", ", %r3;"),
         FILL + FENCE + STORE.replace("DRAIN", DRAIN),

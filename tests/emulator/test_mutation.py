@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "benchmarks" / "results" / "2026-11-29-emulator-faults.json"
 SCHEDULES = 16
 TRIED = ("upstream-sm100a", "ours-sm120a", "ours-sm120a-varlen")
+ON_RECORD = (*TRIED, "ours-sm100a", "ours-sm100a-pair")  # their kernels take long
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def test_places(name):
     assert len(found) >= 60 and len({fault.kind for fault in found}) >= 10
 
 
-@pytest.mark.parametrize("name", TRIED)
+@pytest.mark.parametrize("name", ON_RECORD)
 def test_report(name):
     """What is on record: enough faults of enough kinds, 95 % noticed, each survivor explained."""
     report = json.loads(REPORT.read_text())["subjects"][name]
