@@ -268,8 +268,8 @@ CASES = {
         varlen(max_seqlen_q=True),
         "TypeError | max_seqlen_q=True: must be an integer, not a bool | Pass an int",
     ),
-    "max_seqlen_q on a device": (
-        varlen(max_seqlen_q=on_meta(torch.tensor(4))),
+    "max_seqlen_q of several numbers on a device": (
+        varlen(max_seqlen_q=on_meta(torch.tensor([4]))),
         "TypeError | max_seqlen_q=tensor on meta: must be a plain integer | int(max_seqlen_q)",
     ),
     # names given twice, arguments that need others

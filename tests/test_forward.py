@@ -174,4 +174,4 @@ def test_kernel_count_stays_small():
     """Cases share compiled kernels: a GPU run compiles each key once, at seconds a kernel."""
     every = [case for members in cases.FAMILIES.values() for case in members]
     keys = {case.kernel_key for case in every if case.missing_on_gpu() is None}
-    assert len(keys) <= 145
+    assert len(keys) <= 150
