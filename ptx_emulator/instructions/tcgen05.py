@@ -350,7 +350,7 @@ def _arrive(targets: list[tuple[Any, Any]], cta: Any, warp: int) -> Any:
         if watch is not None:
             watch.fence((cta.rank, warp), True)
         for home, barrier in targets:
-            if home.ended and home is not cta:
+            if watch is not None and home.ended and home is not cta:
                 cta.machine.findings.report(
                     BarrierFault(f"a tcgen05.commit arrives at the {barrier.name}, which has ended")
                 )
