@@ -11,7 +11,7 @@ from ..arguments import ForwardArgs
 from ..common.key_blocks import KeyBlocks
 from ..common.kv import KvTile, PagedKv
 from ..common.mask import BandMask
-from ..common.scheduler import TileScheduler
+from ..common.scheduler import TileScheduler, WorkTile
 from ..common.seqlen import SeqlenInfo
 from ..tiles import TileConfig
 
@@ -39,17 +39,24 @@ class LoadRole:
             index = self.scheduler.index(turn)
 
     @cute.jit
+    def share(self, args: ForwardArgs, work: WorkTile, seqlen: SeqlenInfo):
+        """(blocks, lo, hi): a tile, or its split, takes the key blocks [lo, hi) of `blocks`."""
+        row = work.m_block * self.cfg.block_m
+        mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
+        end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
+        lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
+        blocks = KeyBlocks.of(self.rule, args, work, seqlen)
+        lo, hi = blocks.share(args, work, *blocks.limits(lo, hi))
+        return blocks, lo, hi
+
+    @cute.jit
     def load_tile(self, args: ForwardArgs, index: Int32, kv_ring: Any):
         """The keys and values of one tile; returns the ring as it leaves it."""
         work = self.scheduler.tile(index)
         seqlen = SeqlenInfo.of(args, work.batch)
         row = work.m_block * self.cfg.block_m
         if row < seqlen.seqlen_q:
-            mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
-            end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
-            lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
-            blocks = KeyBlocks.of(self.rule, args, work, seqlen)
-            lo, hi = blocks.share(args, work, *blocks.limits(lo, hi))
+            blocks, lo, hi = self.share(args, work, seqlen)
             kv_head = work.head // self.heads_per_kv_head
             tKsK, tKgK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
             tVsV, tVgV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
@@ -98,11 +105,7 @@ class PagedLoadRole(LoadRole):
         seqlen = SeqlenInfo.of(args, work.batch)
         row = work.m_block * self.cfg.block_m
         if row < seqlen.seqlen_q:
-            mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
-            end_row = cutlass.min(row + self.cfg.block_m, seqlen.seqlen_q)
-            lo, hi = mask.blocks(row, end_row, self.cfg.block_n)
-            blocks = KeyBlocks.of(self.rule, args, work, seqlen)
-            lo, hi = blocks.share(args, work, lo, hi)
+            _, lo, hi = self.share(args, work, seqlen)
             place = (work.head // self.heads_per_kv_head, seqlen.seqlen_k)
             k = self.k.of(*place, args.mPageTable[work.batch, None])
             v = self.v.of(*place, args.mPageTable[work.batch, None])
