@@ -232,16 +232,10 @@ def _refusals(p: AttentionProblem, is_general: bool):
 def _combinations(p: AttentionProblem, is_general: bool):
     """Why none of the kernels does all of what `p` asks, if the forward kernel is (not) general."""
     packs = ("pack_gqa", p.pack_gqa is True)
-    pages = ("page_table", p.kv_layout is Layout.PAGED)
     alone: tuple[tuple[str, object, bool, tuple], ...] = (
         ("dropout_p", p.dropout_p, p.dropout_p > 0.0, () if is_general else (packs,)),
         # Lists are of single heads: no kernel packs heads under them.
-        (
-            "block_sparse_tensors",
-            "given",
-            p.block_size is not None,
-            (packs,) if is_general else (pages, packs),
-        ),
+        ("block_sparse_tensors", "given", p.block_size is not None, (packs,)),
     )
     for name, value, given, others in alone:
         together = [other for other, is_asked in others if is_asked]

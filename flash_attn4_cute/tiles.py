@@ -59,7 +59,7 @@ class TileConfig:
 
     @property
     def is_general(self) -> bool:
-        """Whether the kernel also packs heads, and follows block lists over pages."""
+        """Whether the kernel also packs heads."""
         return False
 
     @property
