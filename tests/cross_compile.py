@@ -9,7 +9,9 @@ because CuTe DSL reads what it is to keep when it is imported.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
@@ -33,7 +35,8 @@ HEAD_DIMS = {"sm100a": (64, 128, 192, 256), "sm103a": (96, 128)}
 def keys(variant: str) -> dict[str, ForwardKey]:
     """Three keys a row: the least a kernel does, the most, and what prefill runs.
 
-    Of some mma.sync rows also what chunked prefill runs: pages and split keys.
+    Of some rows also what chunked prefill runs: pages and split keys; tcgen05 rows have pages of
+    their own, and gather them for packed heads and split keys.
     """
     least = {
         "dtype": torch.float16, "rule": BandRule(False, False), "layout": Layout.DENSE,
@@ -49,25 +52,36 @@ def keys(variant: str) -> dict[str, ForwardKey]:
     for cfg in (*forward_rows(variant), *PAIR_ROWS.get(variant, ())):
         if cfg.head_dim not in HEAD_DIMS.get(variant, (cfg.head_dim,)):
             continue
-        choices = {"least": least, "most": most, "prefill": prefill}
-        if cfg.family == "sm120" and cfg.head_dim in (96, 128, 256):
-            choices["chunks"] = chunks
-        for name, choice in choices.items():
+        choices = {"least": (cfg, least), "most": (cfg, most), "prefill": (cfg, prefill)}
+        choices |= {name: (tiles, chunks) for name, tiles in in_pages(cfg, variant).items()}
+        for name, (tiles, choice) in choices.items():
             dims = f"d{cfg.head_dim}" + f"_{cfg.head_dim_v}" * (cfg.head_dim_v != cfg.head_dim)
             dims += "_pair" * (cfg in PAIR_ROWS.get(variant, ()))
             found[f"{variant}_{dims}_{name}"] = ForwardKey(
                 variant=variant,
                 dtype=choice["dtype"],
-                cfg=cfg.paged(16) if choice is chunks else cfg,
+                cfg=tiles,
                 rule=choice["rule"],
                 q_layout=choice["layout"],
                 kv_layout=choice.get("kv_layout", choice["layout"]),
                 has_seqused_q=choice["used"],
                 has_seqused_k=choice["used"],
                 has_lse=choice["has_lse"],
-                merged_dim=cfg.head_dim_v if choice is chunks else 0,
+                merged_dim=cfg.head_dim_v if name in ("chunks", "gathered") else 0,
             )
     return found
+
+
+def in_pages(cfg: Any, variant: str) -> dict[str, Any]:
+    """Some rows as prefill from a cache takes them, by name: in pages of 16 keys, or of few."""
+    if cfg.head_dim not in (96, 128, 256):
+        return {}
+    if cfg.family == "sm120":
+        return {"chunks": cfg.paged(16)}
+    if cfg.ctas == cfg.q_tiles == 2 or (variant == "sm103a" and cfg.head_dim > 96):
+        return {}  # such pairs take no pages of 16; sm_100a stands for sm_103a
+    gathered = replace(cfg, group=4).in_boxes(1)
+    return {"pages": cfg.in_boxes(16), "gathered": gathered}
 
 
 def decode_keys(variant: str) -> dict[str, DecodeKey]:

@@ -24,7 +24,7 @@ def fitted(row: TileConfig, p: AttentionProblem) -> TileConfig:
     box_n = None if p.page_size is None else math.gcd(p.page_size, row.k_rows)
     if box_n is not None and box_n < MIN_BOX_ROWS:
         box_n = 1  # one kernel gathers them all
-    return replace(row, group=packed_group(row, p), box_n=box_n)
+    return replace(row, group=packed_group(row, p)).in_boxes(box_n)
 
 
 def can_pack(p: AttentionProblem) -> bool:

@@ -18,6 +18,9 @@ SCORE_SLOTS = 2  # of S and P: they belong to what takes turns on the tensor cor
 STAGED_BYTES = 128  # of a row of O that pass through shared memory at a time
 SWIZZLE_COLUMNS = (64, 32, 16)  # 16-bit columns of a row of a swizzle atom, best first
 MIN_BOX_ROWS = 8  # of keys that TMA brings: smaller pages would take too many instructions
+# With pages ptxas keeps one register, the thread's number, in local memory: roles read it a few
+# times a tile, the MMA warp a few times a key block, the loops of the softmax never.
+PAGED_STACK_BYTES = 8
 PAIRS_PER_UNIT = 16  # pairs of columns: the unit in which exponentials are moved to the FMA units
 
 
@@ -165,6 +168,11 @@ class TileConfig:
     def holds(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether tensors of these head dimensions fit into the tiles."""
         return head_dim <= self.head_dim and head_dim_v <= self.head_dim_v
+
+    def in_boxes(self, box_n: int | None) -> "TileConfig":
+        """The same for K and V in pieces of `box_n` rows."""
+        spilled = self.stack_bytes if box_n is None else max(self.stack_bytes, PAGED_STACK_BYTES)
+        return replace(self, box_n=box_n, stack_bytes=spilled)
 
     def explain(self) -> str:
         """What the tiles are, for people."""

@@ -28,7 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--backend", choices=("cpu", "emulator", "cuda"), default="cpu")
-    parser.add_argument("--arch", default="sm120a", help="emulator: sm90a, sm120a or sm121a")
+    parser.add_argument("--arch", default="sm120a", help="emulator: sm90a, sm100a, sm103a, ...")
     parser.add_argument("--cases", type=int, default=300, help="cases to run, over all shards")
     parser.add_argument("--seed", type=int, default=0, help="the same seed, the same cases")
     parser.add_argument("--kernels", type=int, default=12, help="kernels to draw, for each shard")
