@@ -6,6 +6,7 @@ that the faultless run reaches are tried.
 """
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import sys
@@ -30,6 +31,7 @@ from ..session import Session, session
 from . import ours, third_party
 from .case import Case, Inputs, judge, make_inputs
 
+RUN_SECONDS = 300  # of one schedule, on a busy machine; who spins for ever is found sooner
 Forward = Callable[[Session, Case, Inputs], tuple[Tensor, Tensor]]
 
 
@@ -257,7 +259,12 @@ def _inherit(campaign: Campaign) -> None:
 
 
 def _outcome(fault: Fault, schedules: int) -> Outcome:
-    return _inherited[-1].outcome(fault, schedules)
+    # A process that hangs says where and ends, and the command with it.
+    faulthandler.dump_traceback_later(RUN_SECONDS * schedules, exit=True)
+    try:
+        return _inherited[-1].outcome(fault, schedules)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
