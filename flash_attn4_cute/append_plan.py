@@ -11,6 +11,7 @@ from .arguments import AppendArgs
 from .cache_update import CacheUpdate
 from .checks import FP8
 from .device import supported_card
+from .launcher.kernel import Kernel
 from .problem import AttentionTensors, is_aligned
 
 VECTOR_BYTES = 16
@@ -82,12 +83,15 @@ def append_key(update: CacheUpdate, tensors: AttentionTensors) -> AppendKey:
     )
 
 
-def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -> None:
+def append(
+    update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool
+) -> tuple[Kernel, AppendArgs]:
     """Write the new tokens into tensors.k and tensors.v, then make `tensors` ask about the result.
 
     Sets tensors.seqused_k to a new tensor of the lengths after the update and, with rotary tables,
     tensors.q to the rotated queries: at cache_seqlens + i if `rotate_along`, else all at
     cache_seqlens. Everything happens on the device's current stream, without waiting for it.
+    Returns the kernel and its arguments.
     """
     key = append_key(update, tensors)
     q, k, table = tensors.q, tensors.k, tensors.page_table
@@ -114,10 +118,12 @@ def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -
         query_step=int(rotate_along),
         capacity=k.shape[1] if table is None else table.shape[1] * k.shape[1],
     )
-    compiler.compiled(key)(args)
+    kernel = compiler.compiled(key)
+    kernel(args)
     tensors.seqused_k = lengths
     if rotated is not None:
         tensors.q = rotated
+    return kernel, args
 
 
 def _vector(update: CacheUpdate, tensors: AttentionTensors, rotary_dim: int) -> int:

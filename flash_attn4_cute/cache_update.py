@@ -9,6 +9,7 @@ its output rows are 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .problem import AttentionTensors
 from .values import check_cu_seqlens, check_pages, check_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CacheUpdate:
     """New keys and values of one call.
 
@@ -38,6 +39,9 @@ class CacheUpdate:
     rotary_cos: Tensor | None = None
     rotary_sin: Tensor | None = None
     rotary_interleaved: bool = True
+
+
+fields_of = attrgetter(*CacheUpdate.__slots__)
 
 
 def check_cache_update(update: CacheUpdate, tensors: AttentionTensors) -> None:

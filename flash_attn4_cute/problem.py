@@ -10,6 +10,7 @@ descending `cu_seqlens`, a page number out of range) is checked in `values`, for
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -87,6 +88,25 @@ class AttentionTensors:
     blocks: BlockSparse | None = None
 
 
+# The tensors that a call may have besides q, k and v; a flat call has them in this order.
+OTHERS = (
+    "out",
+    "lse",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "page_table",
+    "kv_batch_idx",
+    "cache_leftpad",
+    "k_descale",
+    "v_descale",
+    "sink",
+    "alibi_slopes",
+)
+others_of = attrgetter(*OTHERS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:
     """The arguments of one call that are not tensors, brought into canonical form.
@@ -109,8 +129,8 @@ class AttentionOptions:
     max_seqlen_k: int | None = None
     return_lse: bool = False
     requires_grad: bool = False
-    # Whether calls may be known by this object: it answers for all with these numbers.
-    known: bool = field(default=False, compare=False, repr=False)
+    # Calls are known by it where these options may be known, see `numbered`; else 0.
+    number: int = field(default=0, init=False, compare=False, repr=False)
 
     def __hash__(self) -> int:
         # Of the fields that tell calls apart in practice: every call looks its options up.
@@ -144,6 +164,27 @@ class AttentionOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, convert(name, value))
+
+
+_numbered: dict[AttentionOptions, AttentionOptions] = {}
+_numbers = itertools.count(1)
+
+
+def numbered(options: AttentionOptions) -> AttentionOptions:
+    """The one object that stands for all options equal to these, with a number to know it by.
+
+    Options that hold a callable, which a number would keep alive, and calls that autograd records
+    have none.
+    """
+    if options.requires_grad or options.score_mod is not None or type(options.mask) is Custom:
+        return options
+    known = _numbered.get(options)
+    if known is None:
+        if len(_numbered) >= _MAX_KNOWN:
+            _numbered.clear()
+        object.__setattr__(options, "number", next(_numbers))
+        known = _numbered[options] = options
+    return known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +349,7 @@ def signature_of(t: AttentionTensors, options: AttentionOptions) -> tuple | None
         addresses: tuple[int, ...] | None = None
         if together & 15:
             addresses = tuple(0 if x is None else x.data_ptr() & 15 for x in (q, k, v, out))
-        metadata = [None if x is None else _metadata(x) for x in _optional(t)]
+        metadata = [None if x is None else _metadata(x) for x in others_of(t)]
         return (
             *(q.shape, q.stride(), q.dtype, q.device),
             *(k.shape, k.stride(), k.dtype, k.device),
@@ -319,30 +360,6 @@ def signature_of(t: AttentionTensors, options: AttentionOptions) -> tuple | None
         )
     except AttributeError:  # not a tensor, as the check will say
         return None
-
-
-def plain_signature(signature: tuple) -> tuple | None:
-    """What is left of a signature of aligned q, k and v without any other tensor, else None."""
-    *tensors, addresses, options = signature[:14]
-    others = (addresses, *signature[14:])
-    return (*tensors, options) if all(x is None for x in others) else None
-
-
-_optional = attrgetter(
-    "out",
-    "lse",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-    "page_table",
-    "kv_batch_idx",
-    "cache_leftpad",
-    "k_descale",
-    "v_descale",
-    "sink",
-    "alibi_slopes",
-)
 
 
 def _metadata(t: Tensor) -> tuple:

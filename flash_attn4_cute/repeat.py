@@ -1,21 +1,35 @@
 """A call that was made before, made again: nothing is decided anew, only addresses are passed on.
 
-What a call on the GPU launches is decided by the metadata of its tensors and by its options, see
-`problem.signature`. The first call with a signature leaves a `Repeat`; later ones take it.
+    key_of(options, tensors) --known--> Repeat --addresses--> the launches of the first such call
+
+What a call on the GPU launches is decided by the metadata of its tensors and by its options. The
+first call with a key leaves a `Repeat`; later ones take it. Calls are flat here: (q, k, v), the
+tensors of `problem.OTHERS` in that order or None for no others, and what a CacheUpdate is made of
+or None.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .launcher.kernel import Kernel
-from .problem import AttentionProblem, AttentionTensors, Layout
+from .launcher import driver as drivers
+from .launcher.kernel import Kernel, Patches, ReadyCall
+from .problem import OTHERS, AttentionOptions, AttentionProblem, AttentionTensors, Layout
+from .scheduler_metadata import SchedulerMetadata
 
-# Where the kernels' arguments come from; their scores' own are below `score`.
+Others = tuple[Tensor | None, ...] | None
+New = tuple[Any, ...] | None  # the fields of CacheUpdate
+Launched = Sequence[tuple[Kernel, Any]]  # kernels and their arguments
+
+_NEW = ("k_new", "v_new", "cache_seqlens", "cu_seqlens_k_new", "rotary_cos", "rotary_sin")
+_NAMES = ("q", "k", "v", *OTHERS, *_NEW)
+_NO_RESULTS = (None, None)  # in place of all others
+_OUT, _LSE = _NAMES.index("out"), _NAMES.index("lse")
+# Where the kernels' arguments come from; those of their scores are below `score`.
 _SOURCES = {
     "mQ": "q",
     "mK": "k",
@@ -33,70 +47,195 @@ _SOURCES = {
     "mVDescale": "v_descale",
     "mAlibi": "alibi_slopes",
     "mSink": "sink",
+    # Of the kernel that appends:
+    "mKNew": "k_new",
+    "mVNew": "v_new",
+    "mCacheSeqlens": "cache_seqlens",
+    "mCuSeqlensNew": "cu_seqlens_k_new",
+    "mCos": "rotary_cos",
+    "mSin": "rotary_sin",
+    "mBatchIdx": "kv_batch_idx",
 }
-_WORKSPACE = "mWorkspace"
+# What nobody sees: one piece of memory holds all of it.
+_SCRATCH = ("mWorkspace", "mQRotated", "mSeqUsed")
+_ALIGN = 256
+_MINUS_INF = 0xFF800000  # in float32
+
+
+def key_of(
+    options: AttentionOptions,
+    metadata: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    others: Others = None,
+    new: New = None,
+) -> tuple | None:
+    """All that decides what a call launches, or None if it must be worked out each time.
+
+    That is so without a number of the options, see `problem.numbered`, where addresses decide too,
+    and where something is no tensor, as the checks will say.
+    """
+    q, k, v = qkv
+    if not options.number or type(q) is not Tensor:
+        return None
+    if metadata is not None and type(metadata) is not SchedulerMetadata:
+        return None
+    try:
+        together = q.data_ptr() | k.data_ptr() | v.data_ptr()
+        if others is not None:
+            if others[0] is not None:
+                together |= others[0].data_ptr()
+            others = _metadata(others)
+        if new is not None:
+            for t in new[:-1]:
+                if t is not None:
+                    together |= t.data_ptr()
+            new = (new[-1], *_metadata(new[:-1]))
+        if together & 15:
+            return None
+        return (
+            *(q.shape, q.is_contiguous() or q.stride(), q.dtype, q.get_device()),
+            *(k.shape, k.is_contiguous() or k.stride(), k.dtype, k.get_device()),
+            *(v.shape, v.is_contiguous() or v.stride(), v.dtype, v.get_device()),
+            options.number,
+            metadata,
+            others,
+            new,
+        )
+    except AttributeError:
+        return None
+
+
+def _metadata(tensors: tuple) -> tuple:
+    # True stands for the strides of a contiguous tensor: those of dimensions of size 1, in which
+    # such tensors may differ, reach no address.
+    return tuple(
+        [
+            t if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
+            for t in tensors
+        ]
+    )
 
 
 class Repeat:
-    """Allocates what the first call allocated, and launches what it launched."""
+    """Allocates what the first call allocated, and launches what it launched.
 
-    def __init__(self, problem: AttentionProblem, kernel: Kernel, arguments: Any):
-        self.problem = problem
-        self.ready = kernel.ready((arguments,))
-        names = [_name(arguments, found.path[1:]) for found in kernel.pointer_inputs]
-        self.workspace_at = names.index(_WORKSPACE) if _WORKSPACE in names else None
-        self.workspace_size = 0
-        if self.workspace_at is not None:
-            names.remove(_WORKSPACE)
-            self.workspace_size = arguments.mWorkspace.numel()
-        self.sparse = is_sparse(problem)
-        self.to_allocate = self.sparse or problem.return_lse
-        q, out = arguments[0], arguments[3]
-        # The cheapest way to new memory is to ask for more of the same.
-        self.out_like_q = not self.sparse and out.shape == q.shape and q.is_contiguous()
-        results = ("out", "lse") if problem.return_lse else ("out",)
-        self.is_plain = [_SOURCES[name] for name in names] == ["q", "k", "v", *results]
-        self.tensors_of = attrgetter(*(_SOURCES[name] for name in names))
+    All launches take their addresses from one list: those of the tensors in `places`, that of
+    scratch memory if there is any, and the stream.
+    """
+
+    def __init__(self, problem: AttentionProblem, launched: Launched, results: tuple[bool, bool]):
+        arguments = launched[-1][1]
+        out, lse, q = arguments.mO, arguments.mLSE, arguments.mQ
+        self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
+        self.out_shape = tuple(out.shape)
+        self.out_options = {"dtype": out.dtype, "device": out.device}
+        self.lse_shape = tuple(lse.shape) if problem.return_lse else None
+        self.lse_options = {"dtype": torch.float32, "device": out.device}
+        self.scratch_options = {"dtype": torch.uint8, "device": out.device}
+        self.scratch_size, begins = _scratch(launched)
+        own_q = "mQRotated" not in begins  # then it is as contiguous as that of each call
+        self.out_like_q = own_q and out.shape == q.shape and q.is_contiguous()
+        names = self._link(launched, begins)
+        self.fills: list[tuple[int, int, int]] = []  # (place, number of words, word)
+        if is_sparse(problem):
+            if not results[0]:
+                self.fills.append((names.index("out"), out.nbytes // 4, 0))
+            if lse is not None:
+                self.fills.append((names.index("lse"), lse.numel(), _MINUS_INF))
+
+    def _link(self, launched: Launched, begins: dict[str, int]) -> list[str]:
+        """Find out which address of the list goes where; the names of the first of them."""
+        found = [_sources(*launch) for launch in launched]
+        if len(found) == 2:  # attention reads what was written before it
+            written = {"seqused_k": "mSeqUsed", "q": "mQRotated"}
+            written = {name: new for name, new in written.items() if new in begins}
+            found[1] = [written.get(name, name) for name in found[1]]
+        names = [name for names in found for name in names if name not in begins]
+        names = list(dict.fromkeys(names))
+        self.places = [_NAMES.index(name) for name in names]
+        stream = len(names) + bool(begins)
+        where = {name: (i, 0) for i, name in enumerate(names)}
+        where |= {name: (len(names), begin) for name, begin in begins.items()}
+        self.steps: list[tuple[ReadyCall, Patches]] = []
+        for (kernel, arguments), sources in zip(launched, found, strict=True):
+            ready = kernel.ready((arguments,))
+            pairs = [*(where[name] for name in sources), (stream, 0)]
+            patches = [(at, pairs[n][0], pairs[n][1] + more) for at, n, more in ready.patches]
+            self.steps.append((ready, tuple(patches)))
+        return names
 
     @staticmethod
-    def of(problem: AttentionProblem, launched: tuple[Any, Any]) -> Repeat | None:
-        """From the kernel of a call and its arguments; None if it cannot be repeated like that."""
-        kernel, arguments = launched
-        if problem.misfits or problem.dropout_p or not isinstance(kernel, Kernel):
-            return None
-        if kernel.program.decisive:
-            return None
-        return Repeat(problem, kernel, arguments)
+    def of(
+        problem: AttentionProblem, launched: Sequence[Any], results: tuple[bool, bool]
+    ) -> Repeat | None:
+        """From the kernels of a call and their arguments; None if it cannot be repeated like that.
 
-    def __call__(self, tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
-        """(out, lse) of a call with the same signature."""
-        if self.out_like_q and tensors.out is None:
-            tensors.out = torch.empty_like(tensors.q)
-        if tensors.out is None or self.to_allocate:
-            allocate(self.problem, tensors)
-        addresses = [t.data_ptr() for t in self.tensors_of(tensors)]
-        if self.workspace_at is not None:
-            size, device = self.workspace_size, tensors.q.device
-            workspace = torch.empty(size, dtype=torch.float32, device=device)
-            addresses.insert(self.workspace_at, workspace.data_ptr())
-        self.ready.launch(addresses)
-        assert tensors.out is not None
-        return tensors.out, tensors.lse
+        `launched` are, in order, what appended to a cache, if anything did, and the attention;
+        `results` says whether the caller gave out and lse.
+        """
+        if problem.misfits or problem.dropout_p:
+            return None
+        for found in launched:
+            if found is None or not isinstance(found[0], Kernel) or found[0].program.decisive:
+                return None
+        lse = launched[-1][1].mLSE
+        if lse is not None and not lse.is_contiguous() and is_sparse(problem):
+            return None
+        return Repeat(problem, launched, results)
 
-    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        """What the public function returns, from q, k and v alone; see `is_plain`."""
-        problem = self.problem
-        out = torch.empty_like(q) if self.out_like_q else q.new_empty(problem.out_shape(q))
-        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
-        lse = None
-        if self.to_allocate:
-            lse = q.new_empty(problem.lse_shape(q), dtype=torch.float32)
-            addresses.append(lse.data_ptr())
-        if self.workspace_at is not None:
-            workspace = torch.empty(self.workspace_size, dtype=torch.float32, device=q.device)
-            addresses.insert(self.workspace_at, workspace.data_ptr())
-        self.ready.launch(addresses)
-        return out if lse is None else (out, lse)
+    def __call__(
+        self, qkv: tuple[Tensor, Tensor, Tensor], others: Others, new: New
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, lse) of a call with the same key; lse is None unless it was asked for."""
+        given: list[Any] = [*qkv, *(others or _NO_RESULTS)]
+        if new is not None:
+            given += new
+        out, lse = given[_OUT], given[_LSE]
+        if out is None:
+            # The cheapest way to new memory is to ask for more of the same.
+            if self.out_like_q:
+                out = given[_OUT] = torch.empty_like(qkv[0])
+            else:
+                out = given[_OUT] = torch.empty(*self.out_shape, **self.out_options)
+        if self.lse_shape is not None and lse is None:
+            lse = given[_LSE] = torch.empty(*self.lse_shape, **self.lse_options)
+        addresses = [given[i].data_ptr() for i in self.places]
+        driver, device = self.driver, self.device
+        if self.scratch_size:
+            # From PyTorch's allocator: a CUDA graph owns its own, and streams do not share any.
+            scratch = torch.empty(self.scratch_size, **self.scratch_options)
+            addresses.append(scratch.data_ptr())
+        addresses.append(driver.stream(device))
+        if driver.current_device() == device:
+            self._launch(addresses)
+        else:
+            with driver.on(device):
+                self._launch(addresses)
+        return out, lse
+
+    def _launch(self, addresses: list[int]) -> None:
+        for place, number, word in self.fills:
+            self.driver.fill(addresses[place], number, word, addresses[-1])
+        for ready, patches in self.steps:
+            ready.issue(patches, addresses)
+
+
+def _scratch(launched: Launched) -> tuple[int, dict[str, int]]:
+    """Bytes of all that nobody sees, and where each part of it begins."""
+    size, begins = 0, {}
+    for _, arguments in launched:
+        for name in _SCRATCH:
+            t = getattr(arguments, name, None)
+            if t is not None:
+                begins[name] = size
+                size += -(-t.nbytes // _ALIGN) * _ALIGN
+    return size, begins
+
+
+def _sources(kernel: Kernel, arguments: Any) -> list[str]:
+    """The names of what a kernel's pointers point to, in its order."""
+    names = (_name(arguments, found.path[1:]) for found in kernel.pointer_inputs)
+    return [_SOURCES.get(name, name) for name in names]
 
 
 def is_sparse(problem: AttentionProblem) -> bool:

@@ -82,6 +82,20 @@ class Driver:
         """PyTorch's current device."""
         return torch._C._cuda_getDevice()
 
+    def fill(self, address: int, number: int, word: int, stream: int) -> None:
+        """Fill `number` words of 32 bits on a stream of the current device."""
+        arguments = (
+            ctypes.c_uint64(address),
+            ctypes.c_uint32(word),
+            ctypes.c_size_t(number),
+            ctypes.c_void_p(stream),
+        )
+        error = self.library.cuMemsetD32Async(*arguments)
+        if error in NO_CONTEXT:
+            self.attach(self.current_device())
+            error = self.library.cuMemsetD32Async(*arguments)
+        self.check(error, "cuMemsetD32Async")
+
     def on(self, device: int) -> Any:
         """A context in which `device` is the current one."""
         return torch.cuda.device(device)

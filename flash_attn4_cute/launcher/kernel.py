@@ -27,6 +27,9 @@ _CONFIG = struct.Struct("<7I4xQQI4x")
 _STREAM_AT = 32
 _ATTRIBUTE = struct.Struct("<I4x16I")
 _MAX_READY = 4096
+# (which 64-bit word of a call's memory, which of the addresses of a launch, its distance from it);
+# the stream counts as the address behind those of the tensors.
+Patches = Sequence[tuple[int, int, int]]
 
 
 class ReadyCall:
@@ -84,20 +87,24 @@ class ReadyCall:
         driver, device = self.driver, self.device
         addresses.append(driver.stream(device))
         if driver.current_device() == device:
-            self._launch(addresses)
+            self.issue(self.patches, addresses)
         else:
             with driver.on(device):
-                self._launch(addresses)
+                self.issue(self.patches, addresses)
 
-    def _launch(self, addresses: Sequence[int]) -> None:
-        words, launch = self.words, self.driver.launch
-        with self.lock:
-            for at, source, distance in self.patches:
+    def issue(self, patches: Patches, addresses: Sequence[int]) -> None:
+        """Launch with `addresses` written where `patches` say, while the device is current."""
+        words, launch, lock = self.words, self.driver.launch, self.lock
+        lock.acquire()  # at half the price of a with block, at every launch
+        try:
+            for at, source, distance in patches:
                 words[at] = addresses[source] + distance
             for call in self.calls:
                 error = launch(*call)
                 if error:
                     self._recover(error, call)
+        finally:
+            lock.release()
 
     def _recover(self, error: int, call: tuple) -> None:
         """A thread that PyTorch has not used yet has no context."""

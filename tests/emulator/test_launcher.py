@@ -4,7 +4,9 @@ Padding inside structs and the second half of TMA descriptors, which CuTe DSL le
 to be, are compared with nothing: only what a field of the program fills.
 """
 
+import ctypes
 import importlib
+import math
 import random
 import threading
 from contextlib import contextmanager
@@ -34,6 +36,10 @@ class Recorder(drivers.Driver):
 
     def current_device(self) -> int:
         return 0
+
+    def fill(self, address: int, number: int, word: int, stream: int) -> None:
+        assert stream == 77
+        (ctypes.c_uint32 * number).from_address(address)[:] = [word] * number
 
 
 @contextmanager
@@ -154,18 +160,19 @@ def assert_same(launch: Any, expected: Launch, found: Launch) -> None:
 def on_gpu(fa4, monkeypatch):
     """fa4's launches of CPU tensors, recorded; the kernel is compiled once for all tests."""
     package = f"{fa4.__name__}.flash_attn4_cute"
-    execute, plan, device, driver = (
+    execute, plan, append_plan, device, driver = (
         importlib.import_module(name)
-        for name in (f"{fa4.__name__}.execute", f"{package}.plan", f"{package}.device",
-                     f"{package}.launcher.driver")
+        for name in (f"{fa4.__name__}.execute", f"{package}.plan", f"{package}.append_plan",
+                     f"{package}.device", f"{package}.launcher.driver")
     )  # fmt: skip
-    monkeypatch.setattr(plan, "supported_card", lambda d: device.Card("a card", (12, 0), 4))
+    for planner in (plan, append_plan):
+        monkeypatch.setattr(planner, "supported_card", lambda d: device.Card("a card", (12, 0), 4))
     monkeypatch.setattr(execute, "_variant", lambda problem: execute._cuda())
-    execute.forget()
+    execute.repeats.clear()
     plan.make_plan.cache_clear()
     with recorded(driver) as launches:
         yield execute, launches
-    execute.forget()
+    execute.repeats.clear()
     plan.make_plan.cache_clear()
 
 
@@ -197,7 +204,10 @@ def test_a_repeated_call_passes_other_addresses_and_nothing_else(fa4, on_gpu, pa
     else:
         answers = [fa4.flash_attn_func(*qkv, **options) for qkv in (first, second)]
     outs = [answer if lse else (answer,) for answer in answers]
-    assert len(execute._plain_repeats) == (0 if packed else 1) <= len(execute._repeats) == 1
+    if packed:  # as for rows of no sequence, which no kernel writes
+        for out, *more in outs:
+            assert not out.any() and all((x == -math.inf).all() for x in more)
+    assert len(execute.repeats) == 1
     if splits > 1:  # parts and their merge; the workspace is anywhere
         assert len(launches) == 4 and launches[3].kernel == launches[1].kernel
         return
@@ -227,7 +237,72 @@ def test_a_call_that_differs_is_not_repeated(fa4, on_gpu, changed):
     fa4.flash_attn_func(*qkv, causal=True)
     others, options = changed(*qkv)
     fa4.flash_attn_func(*others, causal=True, **options)
-    assert len(execute._repeats) == 2 and len(launches) == 2
+    assert len(execute.repeats) == 2 and len(launches) == 2
+
+
+def cache_step(seed: int, paged: bool, rotary: bool):
+    """Tensors of a step that appends, by name."""
+    torch.manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.bfloat16)
+
+    shape = (12, 16, 1, 64) if paged else (2, 96, 1, 64)
+    found = {"q": normal(2, 1, 2, 64), "k_cache": normal(*shape), "v_cache": normal(*shape)}
+    found |= {"k": normal(2, 1, 1, 64), "v": normal(2, 1, 1, 64)}
+    found["cache_seqlens"] = torch.full((2,), 40, dtype=torch.int32)
+    if paged:
+        found["block_table"] = torch.arange(12, dtype=torch.int32).view(2, 6)
+    if rotary:
+        found |= {"rotary_cos": normal(96, 8), "rotary_sin": normal(96, 8)}
+    return found
+
+
+@pytest.mark.parametrize(("paged", "rotary"), [(False, False), (True, True)])
+def test_a_repeated_step_appends_before_it_attends(fa4, on_gpu, paged, rotary):
+    """Three kernels, the second of which reads what the first wrote where nobody else looks."""
+    execute, launches = on_gpu
+    steps = [cache_step(seed, paged, rotary) for seed in range(3)]
+    options = {"causal": True, "num_splits": 2, "return_lse": True}
+    answers = [fa4.flash_attn_with_kvcache(**step, **options) for step in steps]
+    assert len(execute.repeats) == 1 and len(launches) == 9
+    for number in (1, 2):
+        moved: dict[int, int] = {}
+        for before, after in zip(launches[:3], launches[3 * number :][:3], strict=True):
+            assert (before.kernel, before.grid, before.stream) == (
+                after.kernel, after.grid, after.stream,
+            )  # fmt: skip
+            pairs = zip(
+                with_other_addresses(before.params, {}),
+                with_other_addresses(after.params, {}),
+                strict=True,
+            )
+            for old, new in (pair for words in pairs for pair in zip(*words, strict=True)):
+                assert moved.setdefault(old, new) == new, "one address became two"
+        changed = {old: new for old, new in moved.items() if old != new}
+        assert len(set(changed.values())) == len(changed), "two addresses became one"
+        for name, tensor in steps[0].items():
+            assert moved[tensor.data_ptr()] == steps[number][name].data_ptr(), name
+        for first, later in zip(answers[0], answers[number], strict=True):
+            assert moved[first.data_ptr()] == later.data_ptr()
+        # Beside what a caller sees: lengths, rotated queries, and the parts with their LSEs.
+        assert len(changed) == len(steps[0]) + 2 + 3 + rotary
+
+
+def test_operators_repeat_calls_and_pass_the_lse(fa4, on_gpu):
+    """torch.compile hands out= and lse to an operator, which no option says is wanted."""
+    execute, launches = on_gpu
+    q, k, v = tensors(0)
+    problem = fa4.flash_attn4_cute.problem
+    call = fa4.ops.flatten(problem.AttentionTensors(q=q, k=k, v=v), problem.AttentionOptions())
+    out, lse = torch.empty_like(q), torch.empty(2, 2, 200)
+    for _ in range(2):
+        fa4.ops.forward_out(out, lse, *call)
+        fa4.ops.forward_out(out, None, *call)
+    assert len(execute.repeats) == 2 and len(launches) == 4
+    address = lse.data_ptr().to_bytes(8, "little")
+    with_lse = [any(p.startswith(address) for p in launch.params) for launch in launches]
+    assert with_lse == [True, False, True, False]
 
 
 def test_lengths_of_any_type_are_one_call(fa4, on_gpu):
@@ -237,7 +312,7 @@ def test_lengths_of_any_type_are_one_call(fa4, on_gpu):
     cu = torch.tensor([0, 200], dtype=torch.int32)
     for longest in (200, np.int64(200), torch.tensor(200)):
         fa4.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-    assert len(execute._repeats) == 1 and len(launches) == 3
+    assert len(execute.repeats) == 1 and len(launches) == 3
 
 
 def test_threads_do_not_mix_their_addresses(fa4, on_gpu):

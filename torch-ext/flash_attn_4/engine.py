@@ -11,13 +11,14 @@ from torch import Tensor
 from .flash_attn4_cute.block_sparse import BlockSparse
 from .flash_attn4_cute.checks import as_int, check_is_tensor, refuse
 from .flash_attn4_cute.problem import (
+    OTHERS,
     AttentionProblem,
     AttentionTensors,
     Layout,
     make_mask_rule,
 )
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata
-from .request import Window, needs_grad, options_of, send
+from .request import Window, ask, needs_grad, options_of, send
 
 
 def _flash_attn_fwd(
@@ -89,23 +90,6 @@ def _flash_attn_fwd(
             )
     if min_seqlen_k is not None:
         as_int("min_seqlen_k", min_seqlen_k)
-    tensors = AttentionTensors(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        lse=lse,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        page_table=page_table,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        sink=learnable_sink,
-        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
-        blocks=None if block_sparse_tensors is None else BlockSparse.of(block_sparse_tensors),
-    )
     options = options_of(
         (causal, (_limit(window_size_left), _limit(window_size_right)), mask_mod),
         softmax_scale,
@@ -118,8 +102,19 @@ def _flash_attn_fwd(
         max_seqlen_q,
         max_seqlen_k,
         return_lse or lse is not None,
-        needs_grad(q, k, v, tensors.sink),
+        needs_grad(q, k, v, learnable_sink),
     )
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    others = (
+        *(out, lse, *lengths, page_table, None, None),
+        *(k_descale, v_descale, learnable_sink, None),
+    )
+    if block_sparse_tensors is None:
+        return ask(options, scheduler_metadata, (q, k, v), others, aux=aux_tensors)
+    named: dict[str, Any] = dict(zip(OTHERS, others, strict=True))
+    tensors = AttentionTensors(q=q, k=k, v=v, **named)
+    tensors.aux_tensors = None if aux_tensors is None else tuple(aux_tensors)
+    tensors.blocks = BlockSparse.of(block_sparse_tensors)
     return send(tensors, options, scheduler_metadata)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update
+from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update, fields_of
 from .flash_attn4_cute.checks import refuse
 from .flash_attn4_cute.problem import (
     AttentionOptions,
@@ -19,82 +19,66 @@ from .flash_attn4_cute.problem import (
     AttentionTensors,
     Full,
     band_of,
-    plain_signature,
-    signature_of,
+    numbered,
+    others_of,
 )
-from .flash_attn4_cute.repeat import Repeat, allocate
+from .flash_attn4_cute.repeat import Repeat, allocate, key_of
 from .flash_attn4_cute.values import check_values
 
 
 def attend(
-    tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None = None
+    tensors: AttentionTensors,
+    options: AttentionOptions,
+    update: CacheUpdate | None = None,
+    key: tuple | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of one call; lse is None unless asked for.
 
     With an `update`, first write its keys and values into the cache, then attend to all of it.
-    Everything is checked before anything is written.
+    Everything is checked before anything is written. What was launched is remembered under `key`.
     """
-    signature = None
-    if update is None:
-        signature = signature_of(tensors, options)
-        known = _repeats.get(signature)
-        if known is not None:
-            return known(tensors)
     problem = AttentionProblem.from_tensors(tensors, options)
     if update is not None:
         check_cache_update(update, tensors)
         _check_no_gradient(problem)
     variant = _variant(problem)
     variant.check(problem, tensors)
+    launched, results = [], (tensors.out is not None, tensors.lse is not None)
     if update is not None:
         along = not isinstance(band_of(problem.mask), Full)
-        variant.append(update, tensors, along)
-        signature = signature_of(tensors, options)
-        known = _repeats.get(signature)
-        if known is not None:
-            return known(tensors)
-    launched = _run(problem, tensors, variant.forward)
-    if signature is not None and launched is not None:
-        _remember(signature, Repeat.of(problem, launched))
+        launched.append(variant.append(update, tensors, along))
+    launched.append(_run(problem, tensors, variant.forward))
+    if key is not None:
+        _remember(key, Repeat.of(problem, launched, results))
     assert tensors.out is not None
     return tensors.out, tensors.lse
 
 
-_repeats: dict[tuple | None, Repeat] = {}
-_plain_repeats: dict[tuple, Repeat] = {}  # of calls of q, k and v alone
+repeats: dict[tuple, Repeat] = {}  # by `repeat.key_of`
 _MAX_REPEATS = 4096
 
 
-def _remember(signature: tuple, repeat: Repeat | None) -> None:
-    if repeat is None:
-        return
-    if len(_repeats) >= _MAX_REPEATS:
-        forget()
-    _repeats[signature] = repeat
-    plain = plain_signature(signature)
-    if plain is not None and repeat.is_plain:
-        _plain_repeats[plain] = repeat
+def _remember(key: tuple, repeat: Repeat | None) -> None:
+    if repeat is not None:
+        if len(repeats) >= _MAX_REPEATS:
+            repeats.clear()
+        repeats[key] = repeat
 
 
-def forget() -> None:
-    """Work out every call anew."""
-    _repeats.clear()
-    _plain_repeats.clear()
-
-
-def repeated(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Any:
-    """The answer to a call that was made before, or None; the shortest way there is."""
-    if type(q) is not Tensor or (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15:
-        return None
-    known = _plain_repeats.get(
-        (
-            *(q.shape, q.stride(), q.dtype, q.device),
-            *(k.shape, k.stride(), k.dtype, k.device),
-            *(v.shape, v.stride(), v.dtype, v.device),
-            options,
-        )
-    )
-    return None if known is None else known.plain(q, k, v)
+def attend_again(
+    tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`attend`, the short way if such a call was made before."""
+    options = numbered(options)
+    qkv, others = (tensors.q, tensors.k, tensors.v), others_of(tensors)
+    new = None if update is None else fields_of(update)
+    key = None
+    if tensors.aux_tensors is None and tensors.blocks is None:
+        key = key_of(options, None, qkv, others, new)
+    known = None if key is None else repeats.get(key)
+    if known is not None:
+        return known(qkv, others, new)
+    return attend(tensors, options, update, key)
 
 
 def differentiate(
@@ -142,7 +126,7 @@ class _Variant:
     """
 
     check: Callable[[AttentionProblem, AttentionTensors], object]
-    append: Callable[[CacheUpdate, AttentionTensors, bool], None]
+    append: Callable[[CacheUpdate, AttentionTensors, bool], Any]
     forward: _Forward
 
 

@@ -17,12 +17,9 @@ from torch import Tensor
 from .documentation import documented
 from .engine import _flash_attn_fwd as _flash_attn_fwd
 from .engine import get_scheduler_metadata as get_scheduler_metadata
-from .execute import repeated
-from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
-from .flash_attn4_cute.problem import AttentionTensors
-from .request import Result, Window, answer, key_lengths, needs_grad, one_of, options_of
+from .request import Result, Window, ask, key_lengths, needs_grad, one_of, options_of
 from .states import merged
 
 
@@ -79,21 +76,11 @@ def flash_attn_func(
         return_lse,
         needs_grad(q, k, v, sink),
     )
-    plain = out is sink is alibi_slopes is aux_tensors is scheduler_metadata is None
-    if plain and options.known:
-        result = repeated(q, k, v, options)
-        if result is not None:
-            return result
-    tensors = AttentionTensors(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        sink=sink,
-        alibi_slopes=alibi_slopes,
-        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
-    )
-    return answer(tensors, options, scheduler_metadata)
+    others = None
+    if not (out is sink is alibi_slopes is None):
+        others = (out, *[None] * 10, sink, alibi_slopes)
+    out, lse = ask(options, scheduler_metadata, (q, k, v), others, aux=aux_tensors)
+    return (out, lse) if return_lse else out
 
 
 @documented
@@ -158,22 +145,7 @@ def flash_attn_varlen_func(
     return_lse = return_lse or return_softmax_lse
     table = one_of("block_table", block_table, "page_table", page_table)
     cu_seqlens_k, seqused_k = key_lengths(table, cu_seqlens_k, seqused_k)
-    tensors = AttentionTensors(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        page_table=table,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
-        alibi_slopes=alibi_slopes,
-        aux_tensors=None if aux_tensors is None else tuple(aux_tensors),
-    )
+    sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     options = options_of(
         (causal, window_size, mask_mod),
         softmax_scale,
@@ -186,9 +158,12 @@ def flash_attn_varlen_func(
         max_seqlen_q,
         max_seqlen_k,
         return_lse,
-        needs_grad(q, k, v, tensors.sink),
+        needs_grad(q, k, v, sink),
     )
-    return answer(tensors, options, scheduler_metadata)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    others = (out, None, *lengths, table, None, None, k_descale, v_descale, sink, alibi_slopes)
+    out, lse = ask(options, scheduler_metadata, (q, k, v), others, aux=aux_tensors)
+    return (out, lse) if return_lse else out
 
 
 @documented
@@ -263,21 +238,8 @@ def flash_attn_with_kvcache(
     """
     return_lse = return_lse or return_softmax_lse
     lengths = _cache_lengths(q, cache_seqlens, cu_seqlens_q)
-    tensors = AttentionTensors(
-        q=q,
-        k=k_cache,
-        v=v_cache,
-        out=out,
-        cu_seqlens_q=cu_seqlens_q,
-        seqused_k=lengths,
-        page_table=one_of("block_table", block_table, "page_table", page_table),
-        kv_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        sink=one_of("s_aux", s_aux, "learnable_sink", learnable_sink),
-        alibi_slopes=alibi_slopes,
-    )
+    table = one_of("block_table", block_table, "page_table", page_table)
+    sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     options = options_of(
         (causal, window_size, None),
         softmax_scale,
@@ -290,66 +252,65 @@ def flash_attn_with_kvcache(
         max_seqlen_q,
         None,
         return_lse,
-        needs_grad(q, k_cache, v_cache, k, v, tensors.sink),
+        needs_grad(q, k_cache, v_cache, k, v, sink),
     )
-    _check_companions(k, v, lengths, rotary_cos, rotary_sin)
-    if k is None or v is None or lengths is None:
-        return answer(tensors, options, scheduler_metadata)
-    update = CacheUpdate(
-        k=k,
-        v=v,
-        cache_seqlens=lengths,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_interleaved=rotary_interleaved,
+    new = None
+    if not (k is v is rotary_cos is rotary_sin is None):
+        new = (k, v, lengths, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_interleaved)
+    others = (
+        *(out, None, cu_seqlens_q, None, None, lengths, table, cache_batch_idx, cache_leftpad),
+        *(k_descale, v_descale, sink, alibi_slopes),
     )
-    return answer(tensors, options, scheduler_metadata, update)
+    qkv = (q, k_cache, v_cache)
+    out, lse = ask(options, scheduler_metadata, qkv, others, new, check=_check_cache_call)
+    return (out, lse) if return_lse else out
 
 
 def _cache_lengths(
     q: Tensor, cache_seqlens: int | Tensor | None, cu_seqlens_q: Tensor | None
 ) -> Tensor | None:
-    """cache_seqlens as an int32 tensor (b,)."""
-    if cache_seqlens is None:
-        return None
-    check_is_tensor("q", q)
-    if cu_seqlens_q is not None:
-        check_is_tensor("cu_seqlens_q", cu_seqlens_q)
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    if isinstance(cache_seqlens, Tensor) and cache_seqlens.dim() > 0:
-        check_index_tensor("cache_seqlens", cache_seqlens, q.device, (batch,), "(b,)")
+    """cache_seqlens as an int32 tensor (b,), if it is right."""
+    if cache_seqlens is None or (isinstance(cache_seqlens, Tensor) and cache_seqlens.dim() > 0):
         return cache_seqlens
     length = as_int("cache_seqlens", cache_seqlens)
-    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
+    return torch.full((_batch(q, cu_seqlens_q),), length, dtype=torch.int32, device=q.device)
 
 
-def _check_companions(
-    k: Tensor | None,
-    v: Tensor | None,
-    cache_seqlens: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-) -> None:
-    """Arguments that need each other come together."""
-    if (k is None) != (v is None):
-        missing = "v" if v is None else "k"
-        raise refuse(ValueError, missing, None, "new k and v come together", "Pass both or neither")
-    if k is not None and cache_seqlens is None:
-        raise refuse(
-            ValueError,
-            "cache_seqlens",
-            None,
-            "must say where the new k and v go",
-            "Pass the number of tokens in the cache before the call",
-        )
-    if k is None and (rotary_cos is not None or rotary_sin is not None):
+def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
+    check_is_tensor("q", q)
+    if cu_seqlens_q is None:
+        return q.shape[0]
+    check_is_tensor("cu_seqlens_q", cu_seqlens_q)
+    return cu_seqlens_q.shape[0] - 1
+
+
+def _check_cache_call(q: Tensor, others: tuple, new: tuple | None) -> None:
+    """What the arguments that only flash_attn_with_kvcache has must fulfil."""
+    cu_seqlens_q, lengths = others[2], others[5]
+    if lengths is not None:
+        batch = _batch(q, cu_seqlens_q)
+        check_index_tensor("cache_seqlens", lengths, q.device, (batch,), "(b,)")
+    if new is None:
+        return
+    k, v = new[:2]
+    if k is None and v is None:
         raise refuse(
             ValueError,
             "k, v",
             None,
             "rotary_cos and rotary_sin rotate new keys and the queries that go with them",
             "Pass k and v, or rotate q before the call",
+        )
+    if k is None or v is None:
+        missing = "v" if v is None else "k"
+        raise refuse(ValueError, missing, None, "new k and v come together", "Pass both or neither")
+    if lengths is None:
+        raise refuse(
+            ValueError,
+            "cache_seqlens",
+            None,
+            "must say where the new k and v go",
+            "Pass the number of tokens in the cache before the call",
         )
 
 

@@ -194,7 +194,7 @@ def result_shapes(call: tuple) -> tuple[list, list]:
 @_define("forward", f"({_CALL}) -> (Tensor, Tensor)")
 def forward(*call: Any) -> tuple[Tensor, Tensor]:
     """Attention into new tensors."""
-    out, lse = execute.attend(*unflatten(call))
+    out, lse = execute.attend_again(*unflatten(call))
     assert lse is not None
     return out, lse
 
@@ -250,9 +250,9 @@ forward.register_autograd(_backward, setup_context=_save_for_backward)
 @_define("forward_out", f"(Tensor(a!) out, Tensor(b!)? lse, {_CALL}) -> ()", ("out", "lse"))
 def forward_out(out: Tensor, lse: Tensor | None, *call: Any) -> None:
     """Attention into given tensors."""
-    tensors, options = unflatten(call, return_lse=False)
+    tensors, options = unflatten(call, return_lse=lse is not None)
     tensors.out, tensors.lse = out, lse
-    execute.attend(tensors, options)
+    execute.attend_again(tensors, options)
 
 
 @forward_out.register_fake
@@ -269,7 +269,7 @@ def _(out: Tensor, lse: Tensor | None, *call: Any) -> None:
 def with_kvcache(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
     """Append to the cache in place, then attention into given tensors."""
     k, v, cache_seqlens, cu_new, cos, sin, interleaved, *call = arguments
-    tensors, options = unflatten(tuple(call), return_lse=False)
+    tensors, options = unflatten(tuple(call), return_lse=lse is not None)
     tensors.out, tensors.lse = out, lse
     update = CacheUpdate(
         k=k,
@@ -280,7 +280,7 @@ def with_kvcache(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
         rotary_sin=sin,
         rotary_interleaved=interleaved,
     )
-    execute.attend(tensors, options, update)
+    execute.attend_again(tensors, options, update)
 
 
 @with_kvcache.register_fake

@@ -6,21 +6,25 @@ Aliases are resolved here and nowhere else; below this file each thing has one n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import execute, ops
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import check_is_tensor, refuse
 from .flash_attn4_cute.problem import (
+    OTHERS,
     AttentionOptions,
     AttentionProblem,
     AttentionTensors,
     make_mask_rule,
+    numbered,
 )
+from .flash_attn4_cute.repeat import New, Others, key_of
 from .flash_attn4_cute.scheduler_metadata import with_metadata
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -63,20 +67,19 @@ def options_of(mask: tuple, *values: Any) -> AttentionOptions:
 
     Calls repeat few combinations, so that checking them each time is worth avoiding.
     """
-    if torch.compiler.is_compiling():  # a number that changes must not become part of a graph
+    if is_compiling():  # a number that changes must not become part of a graph
         return _new_options(mask, values)
     try:
         found = _known_options.get((mask, values))
     except TypeError:  # a list, say
-        return _new_options(mask, values)
+        found = None
     if found is None:
-        found = _new_options(mask, values)
+        found = numbered(_new_options(mask, values))
         causal, window, mask_mod = mask
         plain = (causal, mask_mod, *(window or ()), *values)
-        if mask_mod is None and _PLAIN_TYPES.issuperset(map(type, plain)):
+        if found.number and _PLAIN_TYPES.issuperset(map(type, plain)) and type(window) is tuple:
             if len(_known_options) >= _MAX_OPTIONS:
                 _known_options.clear()
-            object.__setattr__(found, "known", not found.requires_grad)
             _known_options[mask, values] = found
     return found
 
@@ -95,36 +98,54 @@ def needs_grad(*tensors: Any) -> bool:
     return False
 
 
-def answer(
-    tensors: AttentionTensors,
+def ask(
     options: AttentionOptions,
-    scheduler_metadata: Any = None,
-    update: CacheUpdate | None = None,
-) -> Any:
-    """What a public function returns: out, or (out, lse) with return_lse."""
-    out, lse = send(tensors, options, scheduler_metadata, update)
-    return (out, lse) if options.return_lse else out
+    metadata: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    others: Others = None,
+    new: New = None,
+    check: Callable[[Tensor, Any, New], None] | None = None,
+    aux: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """(out, lse) of a flat call, see `repeat`: the short way if it was made before.
+
+    `metadata` is what get_scheduler_metadata returned. `check` is left out where the same call has
+    passed it before. `aux` are tensors for a user's functions.
+    """
+    key = None if aux is not None else key_of(options, metadata, qkv, others, new)
+    known = None if key is None else execute.repeats.get(key)
+    if known is not None:
+        return known(qkv, others, new)
+    q, k, v = qkv
+    if check is not None:
+        check(q, others, new)
+    named: dict[str, Any] = {} if others is None else dict(zip(OTHERS, others, strict=True))
+    tensors = AttentionTensors(q=q, k=k, v=v, **named)
+    tensors.aux_tensors = None if aux is None else tuple(aux)
+    update = None if new is None else CacheUpdate(*new)
+    return send(tensors, options, metadata, update, key)
 
 
 def send(
     tensors: AttentionTensors,
     options: AttentionOptions,
-    scheduler_metadata: Any = None,
+    metadata: Any,
     update: CacheUpdate | None = None,
+    key: tuple | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse): through an operator where torch must see one, else straight to the variant."""
-    if scheduler_metadata is not None:
-        options = with_metadata(scheduler_metadata, tensors, options)
     q = tensors.q
+    if metadata is not None:
+        options = with_metadata(metadata, tensors, options)
     if options.dropout_p and isinstance(q, Tensor):
         tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+    if is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
         if isinstance(q, Tensor):
             return _through_operator(tensors, options, update)
     elif options.requires_grad and update is None and tensors.out is None and tensors.lse is None:
         AttentionProblem.from_tensors(tensors, options)  # before the operator's schema complains
         return _through_operator(tensors, options, None)
-    return execute.attend(tensors, options, update)
+    return execute.attend(tensors, options, update, key)
 
 
 def _through_operator(
