@@ -146,9 +146,12 @@ def test_processes_share_what_one_compiled(folder, monkeypatch):
     crowd = [
         subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for _ in range(8)
     ]
+    compiled = 0
     for process in crowd:
         out, err = process.communicate(timeout=600)
         assert out.strip() == "True", err[-2000:]
+        compiled += err.count("compiling it now")
+    assert compiled == 1
     assert [path.suffix for path in folder.iterdir()] == [".kernel"]
     monkeypatch.setenv("FLASH_ATTN_4_JIT", "0")
     late = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

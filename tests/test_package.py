@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from flash_attn4_cute.build.recipe import Recipe
 
 from .conftest import BUILD, REPO_ID, ROOT
 
@@ -178,6 +181,20 @@ def test_build_depends_on_the_sources_only(copy, tmp_path):
     run_build("--root", copy, "--output", tmp_path / "two")
     run_build("--root", copy, "--output", tmp_path / "two")
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_package_beyond_its_limit_is_not_written(tmp_path, monkeypatch):
+    assemble = importlib.import_module("flash_attn4_cute.build.assemble")
+    recipe = Recipe.read(ROOT)
+    kernels = tmp_path / "kernels" / "sm90a"
+    kernels.mkdir(parents=True)
+    monkeypatch.setattr(assemble, "LIMIT", 2_000_000)
+    small = assemble.assemble(recipe, tmp_path / "small", kernels.parent)
+    assert 0 < max(variant.num_bytes for variant in small) < 2_000_000
+    (kernels / "large.kernel").write_bytes(bytes(2_000_000))
+    with pytest.raises(ValueError, match=r"torch-cuda would have 2\.\d MB.* 2 MB.*shipped\.py"):
+        assemble.assemble(recipe, tmp_path / "large", kernels.parent)
+    assert not (tmp_path / "large" / "torch-cuda").exists()
 
 
 def test_id_outside_git_follows_the_contents(copy):

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .identity import source_id
-from .recipe import Recipe
+from .recipe import KERNELS, Recipe
 from .templates import COMPATIBILITY, OPS
 
-# What kernel-builder reads beside torch-ext/ (CARD.md is a template, benchmarks/ are published).
 VARIANTS = "variants"  # folder of the precompiled kernels
+LIMIT = 150_000_000  # bytes of one backend's directory, all of which get_kernel downloads
+# What kernel-builder reads beside torch-ext/ (CARD.md is a template, benchmarks/ are published).
 STAGED = ("build.toml", "CARD.md", "LICENSE", "benchmarks")
 
 
@@ -33,7 +34,8 @@ def assemble(recipe: Recipe, output: Path, precompiled: Path | None = None) -> l
     `precompiled` is a folder of kernels, which the cuda backend gets as variants/.
 
     A directory that is already there is replaced as a whole, once its successor is complete and its
-    digest validates. Raises ValueError if build.toml is not one that `kernels` accepts.
+    digest validates. Raises ValueError if build.toml is not one that `kernels` accepts, or if a
+    directory would be larger than a package may be.
     """
     _validate_build_toml(recipe)
     unique_id = source_id(recipe)
@@ -86,9 +88,14 @@ def _assemble_variant(recipe: Recipe, output: Path, unique_id: str, part: Part) 
 
     kernel_id = f"_{recipe.python_name}_{backend}_{unique_id}"
     num_files = _write_metadata(fresh, _metadata(recipe, backend, kernel_id))
+    num_bytes = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
+    if num_bytes > LIMIT:
+        raise ValueError(
+            f"{variant} would have {num_bytes / 1e6:.1f} MB, more than the {LIMIT / 1e6:.0f} MB "
+            f"that a package may have. Drop calls from {KERNELS}/build/shipped.py"
+        )
     shutil.rmtree(variant, ignore_errors=True)
     fresh.rename(variant)
-    num_bytes = sum(path.stat().st_size for path in variant.rglob("*") if path.is_file())
     return Variant(variant, kernel_id, num_files, num_bytes)
 
 
