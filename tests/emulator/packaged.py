@@ -1,6 +1,6 @@
 """Runs precompiled kernels, as they lie in a package, in the emulator.
 
-usage: make build && python -m tests.emulator.packaged [--target sm120f] [--only TEXT]
+usage: make build && python -m tests.emulator.packaged [--target sm120f] [--shard 1/8] [--only TEXT]
 
 Each kernel of the package is asked for by a small call of the kind that it ships for, found in the
 package, launched, and its answer is judged by the oracle; compiling is forbidden. The machine code
@@ -12,7 +12,9 @@ import importlib
 import json
 import lzma
 import os
+import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,26 +152,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=CARD_OF, help="default: all")
     parser.add_argument("--only", default="", help="keys that contain this text")
+    parser.add_argument("--shard", default="1/1", help="of these, each Nth from the Ith: I/N")
     parser.add_argument("--package", type=Path, default=ROOT / "build" / "torch-cuda")
     options = parser.parse_args()
     os.environ["FLASH_ATTN_4_CACHE"] = "0"
     from kernels import get_local_kernel
 
     fa4 = get_local_kernel(ROOT / "build" / "torch-cpu")
-    folder, failed, done = options.package / "variants", 0, 0
+    folder, failed = options.package / "variants", 0
+    first, step = (int(number) for number in options.shard.split("/"))
     for target in options.target or CARD_OF:
         index = json.loads((folder / target / "index.json").read_text())
         keys = {repr(key): (key, case) for key, case in wanted(target).items()}
-        for row in index["kernels"]:
-            if options.only not in row["key"]:
-                continue
-            done += 1
+        rows = [row for row in index["kernels"] if options.only in row["key"]][first - 1 :: step]
+        for done, row in enumerate(rows, 1):
+            start = time.monotonic()
             try:
                 Package(fa4, folder).run(*keys[row["key"]])
             except Exception as error:
                 failed += 1
                 print(f"{target} {row['file']} {row['key']}: {error!r}", file=sys.stderr)
-            print(f"{target}: {done} run, {failed} failed", flush=True)
+            seconds = time.monotonic() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            print(
+                f"{target}: {done} of {len(rows)} run, {failed} failed, {seconds:.0f} s, "
+                f"at most {peak} MiB so far",
+                flush=True,
+            )
     sys.exit(failed > 0)
 
 
