@@ -81,6 +81,14 @@ def test_the_set_of_a_variant(variant):
     assert len(set(names)) == len(names)
 
 
+def test_readme_says_what_is_shipped():
+    """Its table and its numbers of heads are those that the set is made of."""
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| calls | masks |") :].split("\n\n")[0]
+    assert table.splitlines() == shipped.table()
+    assert f"\n{shipped.ratios()}.\n" in readme
+
+
 def test_cards_of_a_family_share_code():
     assert shipped.shipped_keys("sm120a") == shipped.shipped_keys("sm121a")
     assert len(shipped.all_keys()) < 620

@@ -23,6 +23,7 @@ from ..problem import AttentionProblem, Layout
 BF16, FP16 = torch.bfloat16, torch.float16
 DENSE, VARLEN, PAGED = Layout.DENSE, Layout.VARLEN, Layout.PAGED
 CAUSAL, WINDOW = Band(None, 0), Band(127, 0)
+ANY = (CAUSAL,)  # the decode kernel has both bounds whatever it is asked for
 NUM_SMS = 132  # of no importance: splits are asked for by number
 HEADS = 32
 # Query heads to a key head in current models, the most frequent first. Only the tcgen05 kernels are
@@ -98,112 +99,112 @@ FEW, SPLIT = (1, 8), (1, 8)  # up to 16 packed rows, and more: both row tiles of
 SINK = (("has_sink", True), ("sink_dtype", BF16))
 SHIPPED: tuple[Calls, ...] = (
     Calls(
-        what="prefill, dense and packed: no mask, causal, sliding window",
+        what="prefill, dense and packed",
         dims=((64, 64), (96, 96), (128, 128), (256, 256)),
         masks=(FULL, CAUSAL, WINDOW),
         layouts=PACKED,
         num_ratios=2,
     ),
     Calls(
-        what="the same, short: where tcgen05 kernels do not pair CTAs",
+        what="dense prefill of short prompts, where CTAs of B200 and B300 do not work in pairs",
         dims=((64, 64), (96, 96), (128, 128), (192, 128)),
         masks=(FULL,),
         layouts=((DENSE, DENSE, None),),
         queries=(130,),
     ),
     Calls(
-        what="prefill of latent attention, with and without LSE",
+        what="prefill of latent attention, dense and packed",
         dims=((192, 128),),
         masks=(FULL, CAUSAL),
         layouts=PACKED,
     ),
     Calls(
-        what="prefill of latent attention, with and without LSE",
+        what="the same with LSE, packed",
         dims=((192, 128),),
         masks=(FULL, CAUSAL),
         layouts=((VARLEN, VARLEN, None),),
         fixed=(("return_lse", True),),
     ),
     Calls(
-        what="prefill with LSE",
+        what="prefill with LSE, dense and packed",
         dims=((64, 64), (128, 128)),
         masks=(FULL, CAUSAL),
         layouts=PACKED,
         fixed=(("return_lse", True),),
     ),
     Calls(
-        what="prefill with sinks (gpt-oss)",
+        what="prefill with sinks (gpt-oss), dense and packed",
         dims=((64, 64),),
         masks=(CAUSAL, WINDOW),
         layouts=PACKED,
         fixed=SINK,
     ),
     Calls(
-        what="prefill with softcap (Gemma 2)",
+        what="prefill with softcap (Gemma 2), dense and packed",
         dims=((128, 128), (256, 256)),
         masks=(CAUSAL, WINDOW),
         layouts=PACKED,
         fixed=(("softcap", 50.0),),
     ),
     Calls(
-        what="prefill, dense and packed: no mask, causal",
+        what="prefill, dense and packed",
         dims=((128, 128),),
         masks=(FULL, CAUSAL),
         layouts=PACKED,
         dtypes=(FP16,),
     ),
     Calls(
-        what="decoding and short prompts, dense and packed",
+        what="decoding and short prompts, any splits, dense and packed",
         dims=((64, 64), (128, 128), (256, 256)),
-        masks=(CAUSAL,),
+        masks=ANY,
         layouts=PACKED,
         queries=FEW,
         splits=SPLIT,
     ),
     Calls(
-        what="decoding from a dense cache",
+        what="decoding from a dense cache, any splits",
         dims=((64, 64), (128, 128), (256, 256)),
-        masks=(CAUSAL,),
+        masks=ANY,
         layouts=((DENSE, DENSE, None),),
         queries=FEW,
         splits=SPLIT,
         fixed=(("has_seqused_k", True),),
     ),
     Calls(
-        what="chunked prefill from pages of 16, or of 64 and more",
+        what="chunked prefill, packed, from pages of 16 or of 64 n",
         dims=((64, 64), (128, 128), (256, 256)),
         masks=(CAUSAL,),
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
     ),
     Calls(
-        what="chunked prefill from pages with sinks (gpt-oss)",
+        what="the same with sinks (gpt-oss)",
         dims=((64, 64),),
         masks=(CAUSAL, WINDOW),
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
         fixed=SINK,
     ),
     Calls(
-        what="decoding and short chunks from pages of 16, or of 64 and more",
+        what="decoding and short chunks from pages of 16 (packed) or of 64 n, any splits",
         dims=((64, 64), (128, 128), (256, 256)),
-        masks=(CAUSAL,),
+        masks=ANY,
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64), (DENSE, PAGED, 64)),
         queries=FEW,
         splits=SPLIT,
         num_ratios=2,
     ),
     Calls(
-        what="decoding from pages with sinks (gpt-oss)",
+        what="the same with sinks (gpt-oss), packed",
         dims=((64, 64),),
-        masks=(CAUSAL,),
+        masks=ANY,
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
         queries=FEW,
         splits=SPLIT,
         fixed=SINK,
     ),
     Calls(
-        what="decoding, dense and from pages of 16",
+        what="decoding, any splits, dense and packed from pages of 16",
         dims=((128, 128),),
-        masks=(CAUSAL,),
+        masks=ANY,
         layouts=((DENSE, DENSE, None), (VARLEN, PAGED, 16)),
         dtypes=(FP16,),
         queries=FEW,
@@ -212,9 +213,12 @@ SHIPPED: tuple[Calls, ...] = (
 )
 
 
+OTHER_DIMS = (64, 128, 256)  # of the kernels that append and merge
+
+
 def append_keys(variant: str) -> Iterator[AppendKey]:
     """Appending to dense and paged caches, without rotary tables and with those of Llama."""
-    for dim, rotates, paged in product((64, 128, 256), (False, True), (False, True)):
+    for dim, rotates, paged in product(OTHER_DIMS, (False, True), (False, True)):
         yield AppendKey(
             variant=variant,
             dtype=BF16,
@@ -232,7 +236,7 @@ def append_keys(variant: str) -> Iterator[AppendKey]:
 
 def combine_keys(variant: str) -> Iterator[CombineKey]:
     """Merging stacked float32 parts, and two results; dense and packed."""
-    for dim, stacked, packed in product((64, 128, 256), (True, False), (False, True)):
+    for dim, stacked, packed in product(OTHER_DIMS, (True, False), (False, True)):
         yield CombineKey(
             variant=variant,
             dtype=torch.float32 if stacked else BF16,
@@ -260,3 +264,30 @@ def shipped_keys(variant: str) -> list[Any]:
 def all_keys() -> list[Any]:
     """The keys of all variants: what they share is one key."""
     return list(dict.fromkeys(key for name in VARIANTS.values() for key in shipped_keys(name)))
+
+
+def table() -> list[str]:
+    """The lines of README's table: what is precompiled."""
+    lines = ["| calls | masks | head_dim | dtype | heads |", "|---|---|---|---|---|"]
+    for calls in SHIPPED:
+        masks = "any" if calls.masks is ANY else ", ".join(_MASKS[mask] for mask in calls.masks)
+        dims = ", ".join(str(d) if d == d_v else f"{d} and {d_v} for v" for d, d_v in calls.dims)
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in calls.dtypes)
+        lines.append(f"| {calls.what} | {masks} | {dims} | {dtypes} | {calls.num_ratios} |")
+    dims = ", ".join(map(str, OTHER_DIMS))
+    for what in (
+        "appending to dense and paged caches, without rotary tables and with those of Llama",
+        "merging stacked float32 parts to bfloat16, or two bfloat16 results; dense and packed",
+    ):
+        lines.append(f"| {what} | | {dims} | bfloat16 | |")
+    return lines
+
+
+def ratios() -> str:
+    """README's words for RATIOS."""
+    both = [f"{n} at {d}" for d, (n, *_) in RATIOS.items()]
+    more = [f"{n} at {d}" for d, (_, *others) in RATIOS.items() for n in others]
+    return f"{', '.join(both)}; where heads is 2, also {', '.join(more)}"
+
+
+_MASKS = {FULL: "no mask", CAUSAL: "causal", WINDOW: "sliding window"}
