@@ -2,6 +2,11 @@
 #
 #   nix run .#build-and-copy     # writes build/torch-cuda and build/torch-cpu
 #
+# Precompiled kernels come from `make build`, whose compiler nixpkgs does not have. What it leaves in
+# .cache/package-variants depends on the sources alone, and is taken along by
+#
+#   FLASH_ATTN_4_VARIANTS=$PWD/.cache/package-variants nix run --impure .#build-and-copy
+#
 # `make build` assembles the same tree without Nix.
 {
   description = "Exact attention for NVIDIA Blackwell, written in CuTe DSL, for the Kernels Hub";
@@ -19,6 +24,15 @@
         "aarch64-linux"
       ];
 
+      # Empty unless evaluated with --impure.
+      variants = builtins.getEnv "FLASH_ATTN_4_VARIANTS";
+      precompiled = lib.optionalString (variants != "") "--precompiled ${
+        builtins.path {
+          path = /. + variants;
+          name = "flash-attn-4-variants";
+        }
+      }";
+
       # kernel-builder ships what lies under torch-ext/<name>/ and nothing else, and the kernels of
       # this repository lie beside it. So the sources are laid out anew, by the code that
       # `make build` uses, before kernel-builder sees them.
@@ -27,7 +41,7 @@
         let
           pkgs = nixpkgs.legacyPackages.${system};
           source = pkgs.runCommand "flash-attn-4-source" { nativeBuildInputs = [ pkgs.python3 ]; } ''
-            PYTHONPATH=${self} python3 -B -m flash_attn4_cute.build --root ${self} --stage $out
+            PYTHONPATH=${self} python3 -B -m flash_attn4_cute.build --root ${self} --stage $out ${precompiled}
           '';
         in
         # kernel-builder filters its sources with lib.fileset, which takes paths and no derivations.

@@ -176,6 +176,22 @@ def test_flake_stages_the_same_tree(copy):
     assert not any(name.startswith("flash_attn4_cute/build/") for name in staged)
 
 
+def test_flake_stages_kernels_that_were_compiled_before(copy, tmp_path):
+    """kernel-builder ships what build.toml's pyext names, and kernels are among it."""
+    folder = tmp_path / "kernels"
+    for name in ("sm90a/one.kernel", "sm90a/index.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    noarch = tomllib.loads((ROOT / "build.toml").read_text())["torch-noarch"]
+    assert {"kernel", "json"} <= set(noarch["pyext"])
+    options = ("--root", copy, "--stage", copy / "staged", "--precompiled")
+    run_build(*options, folder)
+    staged = copy / "staged" / "torch-ext" / "flash_attn_4" / "variants"
+    assert tree(staged) == tree(folder) != {}
+    with pytest.raises(subprocess.CalledProcessError):
+        run_build(*options, copy / "torch-ext")
+
+
 def test_build_depends_on_the_sources_only(copy, tmp_path):
     run_build("--root", copy, "--output", tmp_path / "one")
     run_build("--root", copy, "--output", tmp_path / "two")

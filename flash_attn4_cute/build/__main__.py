@@ -21,7 +21,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     recipe = Recipe.read(arguments.root)
-    precompiled = None
+    precompiled = arguments.precompiled
+    if precompiled is not None and not any(precompiled.glob("*/*.kernel")):
+        parser.error(f"--precompiled={precompiled}: there are no kernels in it")
     if arguments.variants:
         precompiled = _precompile(arguments, parser)
     if arguments.stage is not None:
@@ -38,11 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="the repository")
     parser.add_argument("--output", type=Path, help="where the variants go (default: ROOT/build)")
     parser.add_argument("--stage", type=Path, help="lay out kernel-builder's source tree here")
-    parser.add_argument(
+    kernels = parser.add_mutually_exclusive_group()
+    kernels.add_argument(
         "--variants",
         metavar="TARGETS",
         help="precompile the shipped kernels: all, or some of their targets, as in sm90a,sm120f; "
         "without it the package has none",
+    )
+    kernels.add_argument(
+        "--precompiled",
+        type=Path,
+        metavar="FOLDER",
+        help="take the kernels that an earlier --variants left in ROOT/.cache/package-variants",
     )
     parser.add_argument("--only", metavar="REGEX", default="", help="of these, keys that match")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
