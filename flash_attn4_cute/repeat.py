@@ -11,6 +11,8 @@ or None.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -119,20 +121,19 @@ def _metadata(tensors: tuple) -> tuple:
 class Repeat:
     """Allocates what the first call allocated, and launches what it launched.
 
-    All launches take their addresses from one list: those of the tensors in `places`, that of
-    scratch memory if there is any, and the stream.
+    All launches take their addresses from one list: those of the tensors that `pick` takes out of
+    a flat call, that of scratch memory if there is any, and the stream.
     """
 
     def __init__(self, problem: AttentionProblem, launched: Launched, results: tuple[bool, bool]):
         arguments = launched[-1][1]
         out, lse, q = arguments.mO, arguments.mLSE, arguments.mQ
         self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
-        self.out_shape = tuple(out.shape)
-        self.out_options = {"dtype": out.dtype, "device": out.device}
-        self.lse_shape = tuple(lse.shape) if problem.return_lse else None
-        self.lse_options = {"dtype": torch.float32, "device": out.device}
-        self.scratch_options = {"dtype": torch.uint8, "device": out.device}
-        self.scratch_size, begins = _scratch(launched)
+        size, begins = _scratch(launched)
+        new = partial(torch.empty, device=out.device)
+        self.new_out = partial(new, *out.shape, dtype=out.dtype)
+        self.new_lse = partial(new, *lse.shape, dtype=lse.dtype) if problem.return_lse else None
+        self.new_scratch = partial(new, size, dtype=torch.uint8) if size else None
         own_q = "mQRotated" not in begins  # then it is as contiguous as that of each call
         self.out_like_q = own_q and out.shape == q.shape and q.is_contiguous()
         names = self._link(launched, begins)
@@ -152,7 +153,7 @@ class Repeat:
             found[1] = [written.get(name, name) for name in found[1]]
         names = [name for names in found for name in names if name not in begins]
         names = list(dict.fromkeys(names))
-        self.places = [_NAMES.index(name) for name in names]
+        self.pick = itemgetter(*map(_NAMES.index, names))
         stream = len(names) + bool(begins)
         where = {name: (i, 0) for i, name in enumerate(names)}
         where |= {name: (len(names), begin) for name, begin in begins.items()}
@@ -193,17 +194,14 @@ class Repeat:
         out, lse = given[_OUT], given[_LSE]
         if out is None:
             # The cheapest way to new memory is to ask for more of the same.
-            if self.out_like_q:
-                out = given[_OUT] = torch.empty_like(qkv[0])
-            else:
-                out = given[_OUT] = torch.empty(*self.out_shape, **self.out_options)
-        if self.lse_shape is not None and lse is None:
-            lse = given[_LSE] = torch.empty(*self.lse_shape, **self.lse_options)
-        addresses = [given[i].data_ptr() for i in self.places]
+            out = given[_OUT] = torch.empty_like(qkv[0]) if self.out_like_q else self.new_out()
+        if lse is None and self.new_lse is not None:
+            lse = given[_LSE] = self.new_lse()
+        addresses = [t.data_ptr() for t in self.pick(given)]
         driver, device = self.driver, self.device
-        if self.scratch_size:
+        if self.new_scratch is not None:
             # From PyTorch's allocator: a CUDA graph owns its own, and streams do not share any.
-            scratch = torch.empty(self.scratch_size, **self.scratch_options)
+            scratch = self.new_scratch()
             addresses.append(scratch.data_ptr())
         addresses.append(driver.stream(device))
         if driver.current_device() == device:
