@@ -59,7 +59,8 @@ def definitions(lines: list[str]) -> dict[str, list[tuple[int, str | None]]]:
 def origins(register: str, defs: dict, at: int = -1, seen: frozenset = frozenset()) -> list:
     """[(line, is a literal)] of everything that reaches register through moves.
 
-    A register that is only copied in front of a loop counts where it is copied.
+    A register that only literals reach counts where it is copied. A copy of one that other values
+    reach too, inside of a loop that carries it, brings no literal there.
     """
     if LITERAL.match(register):
         return [(at, True)]
@@ -71,7 +72,8 @@ def origins(register: str, defs: dict, at: int = -1, seen: frozenset = frozenset
             found.append((line, False))
         else:
             reached = origins(source, defs, line, seen | {register})
-            found += [(line, literal) for _, literal in reached]
+            only_literals = all(literal for _, literal in reached)
+            found += [(line, True) for _ in reached] if only_literals else reached
     return found
 
 

@@ -39,10 +39,12 @@ FROZEN = {
     "two loops deep": loop("A", loop("B", wait("0"))),
 }
 
-RESTARTS = loop(
-    "A",
-    "\tmov.b32 \t%r20, 0;\n" + loop("B", wait("%r20") + "\txor.b32 \t%r20, %r20, 1;\n"),
-)
+FLIPPED = loop("B", wait("%r20") + "\txor.b32 \t%r20, %r20, 1;\n")
+
+RESTARTS = {
+    "a literal": loop("A", "\tmov.b32 \t%r20, 0;\n" + FLIPPED),
+    "a copy of one": "\tmov.b32 \t%r19, 0;\n" + loop("A", "\tmov.b32 \t%r20, %r19;\n" + FLIPPED),
+}
 
 HONEST = {
     "one wait before the loop": wait("0") + loop("A", "\tadd.s32 \t%r1, %r1, 1;\n"),
@@ -56,6 +58,8 @@ HONEST = {
     ),
     "flips in the outer loop": "\tmov.b32 \t%r20, 0;\n"
     + loop("A", loop("B", wait("%r20")) + "\txor.b32 \t%r20, %r20, 1;\n"),
+    "waits on a copy": "\tmov.b32 \t%r20, 0;\n"
+    + loop("A", "\tmov.b32 \t%r21, %r20;\n" + wait("%r21") + "\txor.b32 \t%r20, %r21, 1;\n"),
 }
 
 
@@ -64,9 +68,10 @@ def test_sees_a_frozen_ring(name):
     assert [s.kind for s in suspects(FROZEN[name])] == ["frozen"]
 
 
-def test_sees_a_ring_that_restarts():
+@pytest.mark.parametrize("name", RESTARTS)
+def test_sees_a_ring_that_restarts(name):
     """A producer handed to a helper in an outer loop: right at first, wrong from the second on."""
-    assert [s.kind for s in suspects(RESTARTS)] == ["restarts"]
+    assert [s.kind for s in suspects(RESTARTS[name])] == ["restarts"]
 
 
 @pytest.mark.parametrize("name", HONEST)

@@ -45,34 +45,39 @@ class CorrectionRole:
         rings = self.rings
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % WARPS_PER_GROUP
         thread = warp * WARP_SIZE + cute.arch.lane_idx()
-        factor_phase, tile_phase = Int32(0), Int32(0)
+        # Bit i: the phase of Q tile i.
+        factor_phases, tile_phase = Int32(0), Int32(0)
+        for tile in cutlass.range_constexpr(self.cfg.q_tiles):
+            self.give_o(tile)
         turn = Int32(0)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
-                # O of the tile before has been read: the first P V may overwrite it.
-                fence_before_sync()
-                for tile in cutlass.range_constexpr(self.cfg.q_tiles):
-                    rings.p.arrive_full("correction", tile)
-                for _ in cutlass.range(work.num_blocks - 1, unroll=1):
+                for i in cutlass.range(1, work.num_blocks, unroll=1):
                     for tile in cutlass.range_constexpr(self.cfg.q_tiles):
-                        # The scores of this block were issued behind the last P V: it is done.
-                        rings.factor.wait_full(tile, factor_phase)
-                        self.rescale(tile, tile, thread)
-                        fence_before_sync()
-                        rings.p.arrive_full("correction", tile)
-                    factor_phase ^= 1
+                        if i > work.first_block(tile):
+                            # This block's scores were issued behind the last P V: it is done.
+                            rings.factor.wait_full(tile, factor_phases >> tile & 1)
+                            factor_phases ^= 1 << tile
+                            self.rescale(tile, tile, thread)
+                            self.give_o(tile)
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     total, m = self.take_statistics(tile, thread, tile_phase)
                     rings.o.wait_full(tile, tile_phase)
                     fence_after_sync()
-                    self.finish(args, work, tile, thread, total, m)
+                    self.finish(args, (work, tile, tile), thread, total, m)
                 tile_phase ^= 1
             elif work.token < work.seqlen.seqlen_q:
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     self.epilogue(work, tile, thread).store_nothing(args)
             turn += 1
         self.end()
+
+    @cute.jit
+    def give_o(self, slot):
+        """The next P V of a slot may touch O: it has been rescaled, or read to the end."""
+        fence_before_sync()
+        self.rings.p.arrive_full("correction", slot)
 
     @cute.jit
     def end(self):
@@ -108,12 +113,15 @@ class CorrectionRole:
             wait_stores()
 
     @cute.jit
-    def finish(self, args: ForwardArgs, work: Work, tile: Constexpr[int], thread, total, m):
+    def finish(self, args: ForwardArgs, at: tuple, thread, total, m):
         """Divide O by l, store it and the log-sum-exp; a row that saw no key: O = 0, LSE = -inf.
 
+        `at` is the work, its Q tile, and the slot of P whose products come next: once O has been
+        read they may, while it is still on its way to memory.
         A sink, a logit without a value, takes part where there are keys; see OnlineSoftmax.finish.
         If keys are split, the merge adds it.
         """
+        work, tile, slot = at
         epilogue = self.epilogue(work, tile, thread)
         empty = total == 0.0
         m_log2 = m * args.softmax_scale * LOG2_E
@@ -130,7 +138,7 @@ class CorrectionRole:
         if const_expr(self.score.dropout):
             factor = factor * args.score.keep_scale
         inverse = 0.0 if empty else factor * cute.arch.rcp_approx(total)
-        epilogue.store_o(args, self.tmem.o[tile], inverse)
+        epilogue.store_o(args, self.tmem.o[tile], inverse, lambda: self.give_o(slot))
 
     def epilogue(self, work: Work, tile: int, thread: Int32) -> Epilogue:
         return Epilogue(self.cfg, self.output, self.sO, work, tile, thread)

@@ -10,7 +10,7 @@ from ..arguments import ForwardArgs
 from .correction import CorrectionRole
 from .rings import Cursor
 from .tiles import SCORE_SLOTS, WARP_SIZE, WARPS_PER_GROUP
-from .tmem import fence_after_sync, fence_before_sync
+from .tmem import fence_after_sync
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,12 @@ class CorrectionOneTileRole(CorrectionRole):
         # Bit i: the phase of slot i. A Q tile's first block has no factor, and ends none.
         factor_phases = Int32(0)
         o_phase, tile_phase = Int32(0), Int32(0)
+        self.give_o(block.slot)
+        block = block.next()
         turn = Int32(0)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
             if work.num_blocks > 0:
-                # O of the tile before has been read: the first P V may overwrite it.
-                fence_before_sync()
-                rings.p.arrive_full("correction", block.slot)
-                block = block.next()
                 for _ in cutlass.range(work.num_blocks - 1, unroll=1):
                     rings.factor.wait_full(block.slot, factor_phases >> block.slot & 1)
                     factor_phases ^= 1 << block.slot
@@ -41,14 +39,14 @@ class CorrectionOneTileRole(CorrectionRole):
                     rings.o.wait_full(0, o_phase)
                     o_phase ^= 1
                     self.rescale(0, block.slot, thread)
-                    fence_before_sync()
-                    rings.p.arrive_full("correction", block.slot)
+                    self.give_o(block.slot)
                     block = block.next()
                 total, m = self.take_statistics(0, thread, tile_phase)
                 rings.o.wait_full(0, o_phase)
                 o_phase ^= 1
                 fence_after_sync()
-                self.finish(args, work, 0, thread, total, m)
+                self.finish(args, (work, 0, block.slot), thread, total, m)
+                block = block.next()
                 tile_phase ^= 1
             elif work.token < work.seqlen.seqlen_q:
                 self.epilogue(work, 0, thread).store_nothing(args)

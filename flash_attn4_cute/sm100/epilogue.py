@@ -1,5 +1,6 @@
 """The epilogue of the tcgen05 family: each warp stores its 32 rows of O, and their LSE."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
@@ -42,7 +43,13 @@ class Epilogue:
         return STAGED_BYTES * 8 // self.sO.element_type.width
 
     @cute.jit
-    def store_o(self, args: ForwardArgs, first_column: Constexpr[int], inverse: Float32):
+    def store_o(
+        self,
+        args: ForwardArgs,
+        first_column: Constexpr[int],
+        inverse: Float32,
+        when_read: Constexpr[Callable[[], None]],
+    ):
         """Store O * inverse, O in tensor memory from `first_column` on."""
         lane = cute.arch.lane_idx()
         warp_row = self.thread - lane
@@ -61,6 +68,8 @@ class Epilogue:
                 rounded = cute.make_rmem_tensor(CHUNK, self.sO.element_type)
                 rounded.store(rO.load().to(self.sO.element_type))
                 self.stage(rounded, column - start)
+            if const_expr(self.staged_end(start) == self.cfg.head_dim_v):
+                when_read()
             if const_expr(self.output is None):
                 cute.arch.sync_warp()
                 self.store_staged(args, start)

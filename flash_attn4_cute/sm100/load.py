@@ -43,13 +43,12 @@ class LoadRole:
                 k, v = keys.streams(args, work, kv_head)
                 for i in cutlass.range(work.num_blocks, unroll=1):
                     blocks = work.block(i), work.block(i + 1)
-                    if i == 0:
-                        self.load_q(queries, work, 0, q_phase)
                     keys.load_k(k, blocks, kv.slot, kv.phase)
                     kv = kv.next()
-                    # Q1 is needed only after Q0 K^T has been issued.
+                    # The slots of Q are the last to be free, behind the work before.
                     if i == 0:
-                        self.load_q(queries, work, 1, q_phase)
+                        for tile in cutlass.range_constexpr(cfg.q_tiles):
+                            self.load_q(queries, work, tile, q_phase)
                     tail_phase = keys.load_v(v, blocks, (kv.slot, kv.phase), tail_phase)
                     kv = kv.next()
                 q_phase ^= 1

@@ -28,9 +28,9 @@ class LoadOneTileRole(LoadRole):
                 kv_head = work.tile.head // self.heads_per_kv_head
                 queries = self.boxes(work)
                 k, v = keys.streams(args, work, kv_head)
-                self.load_q(queries, work, 0, q_phase)
                 keys.load_k(k, (work.block(0), work.block(1)), kv.slot, kv.phase)
                 kv = kv.next()
+                self.load_q(queries, work, 0, q_phase)
                 for i in cutlass.range(work.num_blocks, unroll=1):
                     blocks = work.block(i), work.block(i + 1)
                     if i < work.num_blocks - 1:

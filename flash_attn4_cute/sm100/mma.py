@@ -1,15 +1,16 @@
 """The MMA role: one thread issues every product, for two Q tiles in turn.
 
-    Q0 K0  Q1 K0 | P0 V0  Q0 K1  P1 V0  Q1 K1 | P0 V1  Q0 K2 ... | P0 Vn  P1 Vn
+    Q0 K0  Q1 K0 | P0 V0  Q0 K1  P1 V0  Q1 K1 | ... | P0 Vn  Q0' K0'  P1 Vn  Q1' K0' | ...
 
-While the softmax of one tile works on its scores, the tensor core works for the other.
+While the softmax of one tile works on its scores, the tensor core works for the other: also where
+one piece of work follows another (Q', K'), whose first scores come before the last P V is due.
 """
 
 from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Int32, const_expr
+from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from .products import STEP, Products, SmemOperand, multiply
@@ -37,42 +38,52 @@ class MmaRole:
     def run(self, args: ForwardArgs):
         cfg, rings = self.products.cfg, self.rings
         kv = Cursor.start(cfg.kv_stages)
-        q_phase, p_phase = Int32(0), Int32(0)
-        turn = Int32(0)
+        # Bits by Q tile: whether P V of the block before, of this or the last piece of work, is
+        # still to come, whether it adds to O, and the phase of P that it waits for.
+        pending, adds, p_phases = Int32(0), Int32(0), Int32(0)
+        q_phase, turn = Int32(0), Int32(0)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
-            if work.num_blocks > 0:
-                rings.kv.wait_full(kv.slot, kv.phase)
-                for tile in cutlass.range_constexpr(cfg.q_tiles):
-                    rings.q.wait_full(tile, q_phase)
-                    self.issue_qk(tile, kv.slot)
-                self.free(rings.kv, kv.slot)
-                kv = kv.next()
-                for i in cutlass.range(work.num_blocks - 1, unroll=1):
-                    v, kv = kv, kv.next()
-                    rings.kv.wait_full(v.slot, v.phase)
-                    for tile in cutlass.range_constexpr(cfg.q_tiles):
-                        self.issue_pv(tile, v.slot, p_phase, i > 0)
-                        if const_expr(tile == 0):
-                            rings.kv.wait_full(kv.slot, kv.phase)
-                        else:
-                            self.free(rings.kv, v.slot)
-                        self.issue_qk(tile, kv.slot)
-                    self.free(rings.kv, kv.slot)
+            for i in cutlass.range(work.num_blocks, unroll=1):
+                v = kv
+                if pending != 0:
                     kv = kv.next()
-                    p_phase ^= 1
                 for tile in cutlass.range_constexpr(cfg.q_tiles):
-                    self.free(rings.q, tile)
-                rings.kv.wait_full(kv.slot, kv.phase)
-                for tile in cutlass.range_constexpr(cfg.q_tiles):
-                    self.issue_pv(tile, kv.slot, p_phase, work.num_blocks > 1)
-                    with cute.arch.elect_one():
-                        rings.o.commit_full("mma", tile)
+                    bit, first = 1 << tile, work.first_block(tile)
+                    if pending & bit != 0:
+                        rings.kv.wait_full(v.slot, v.phase)
+                        self.issue_pv(tile, v.slot, p_phases >> tile & 1, adds >> tile & 1)
+                        p_phases ^= bit
+                        if i == 0:
+                            self.tell_of_o(tile)
+                        if const_expr(tile == cfg.q_tiles - 1):
+                            self.free(rings.kv, v.slot)
+                    if i >= first:
+                        if i == first:
+                            rings.q.wait_full(tile, q_phase)
+                        rings.kv.wait_full(kv.slot, kv.phase)
+                        self.issue_qk(tile, kv.slot)
+                        if i == work.num_blocks - 1:
+                            self.free(rings.q, tile)
+                    pending = pending | bit if i >= first else pending & ~bit
+                    adds = adds | bit if i > first else adds & ~bit
                 self.free(rings.kv, kv.slot)
                 kv = kv.next()
-                p_phase ^= 1
+            if work.num_blocks > 0:
                 q_phase ^= 1
             turn += 1
+        if pending != 0:
+            rings.kv.wait_full(kv.slot, kv.phase)
+            for tile in cutlass.range_constexpr(cfg.q_tiles):
+                self.issue_pv(tile, kv.slot, p_phases >> tile & 1, adds >> tile & 1)
+                self.tell_of_o(tile)
+            self.free(rings.kv, kv.slot)
+
+    @cute.jit
+    def tell_of_o(self, tile: Constexpr[int]):
+        """O of the tile is whole once the products issued so far are done."""
+        with cute.arch.elect_one():
+            self.rings.o.commit_full("mma", tile)
 
     @cute.jit
     def free(self, ring: Ring, slot):
@@ -99,7 +110,7 @@ class MmaRole:
             self.rings.s.commit_full("mma", tile)
 
     @cute.jit
-    def issue_pv(self, tile: Constexpr[int], slot: Int32, phase: Int32, accumulate: Boolean):
+    def issue_pv(self, tile: Constexpr[int], slot: Int32, phase: Int32, accumulate: Int32):
         """O = P V, or O += P V, for one Q tile and the block in `slot`; the caller commits."""
         self.rings.p.wait_full(tile, phase)
         fence_after_sync()

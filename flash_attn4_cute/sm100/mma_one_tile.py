@@ -1,8 +1,9 @@
 """The MMA role where a CTA has one Q tile: its even and odd key blocks take turns.
 
-    Q K0 | Q K1  P0 V0 | Q K2  P1 V1 | ... | Pn Vn
+    Q K0 | Q K1  P0 V0 | Q K2  P1 V1 | ... | Q' K0'  Pn Vn | Q' K1'  P0' V0' | ...
 
-While the softmax of one block is at work, the tensor core is a product ahead and a product behind.
+While the softmax of one block is at work, the tensor core is a product ahead and a product behind:
+also where one piece of work follows another (Q', K').
 """
 
 from dataclasses import dataclass
@@ -28,30 +29,41 @@ class MmaOneTileRole(MmaRole):
         rings = self.rings
         kv = Cursor.start(self.products.cfg.kv_stages)
         s, p = Cursor.start(SCORE_SLOTS), Cursor.start(SCORE_SLOTS)
-        q_phase = Int32(0)
-        turn = Int32(0)
+        q_phase, turn = Int32(0), Int32(0)
+        # Whether P V of the block before, of this or the last piece of work, is still to come, and
+        # adds to O.
+        pending, adds = Boolean(False), Boolean(False)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
+            for i in cutlass.range(work.num_blocks, unroll=1):
+                k, v = kv, kv.next()
+                if pending:
+                    if i == 0:
+                        # The last V of the piece of work before has come first.
+                        k, v = v, k
+                    kv = kv.next()
+                kv = kv.next()
+                if i == 0:
+                    rings.q.wait_full(0, q_phase)
+                rings.kv.wait_full(k.slot, k.phase)
+                self.issue_block_qk(s.slot, k.slot)
+                self.free(rings.kv, k.slot)
+                s = s.next()
+                if i == work.num_blocks - 1:
+                    self.free(rings.q, 0)
+                if pending:
+                    rings.kv.wait_full(v.slot, v.phase)
+                    self.issue_block_pv(p.slot, v.slot, p.phase, adds)
+                    self.free(rings.kv, v.slot)
+                    p = p.next()
+                pending, adds = Boolean(True), i > 0
             if work.num_blocks > 0:
-                rings.q.wait_full(0, q_phase)
-                for i in cutlass.range(work.num_blocks, unroll=1):
-                    rings.kv.wait_full(kv.slot, kv.phase)
-                    self.issue_block_qk(s.slot, kv.slot)
-                    self.free(rings.kv, kv.slot)
-                    kv, s = kv.next(), s.next()
-                    if i == work.num_blocks - 1:
-                        self.free(rings.q, 0)
-                    if i > 0:
-                        rings.kv.wait_full(kv.slot, kv.phase)
-                        self.issue_block_pv(p.slot, kv.slot, p.phase, i > 1)
-                        self.free(rings.kv, kv.slot)
-                        kv, p = kv.next(), p.next()
-                rings.kv.wait_full(kv.slot, kv.phase)
-                self.issue_block_pv(p.slot, kv.slot, p.phase, work.num_blocks > 1)
-                self.free(rings.kv, kv.slot)
-                kv, p = kv.next(), p.next()
                 q_phase ^= 1
             turn += 1
+        if pending:
+            rings.kv.wait_full(kv.slot, kv.phase)
+            self.issue_block_pv(p.slot, kv.slot, p.phase, adds)
+            self.free(rings.kv, kv.slot)
 
     @cute.jit
     def issue_block_qk(self, scores: Int32, slot: Int32):

@@ -86,7 +86,8 @@ class SoftmaxRole:
                 dropout = Dropout.of(self.score.dropout, args, own, heads, thread)
                 token = work.token_of(tile, thread)
                 m, total = -Float32.inf, Float32(0.0)
-                for i in cutlass.range(work.num_blocks, unroll=1):
+                first = work.first_block(tile)
+                for i in cutlass.range(first, work.num_blocks, unroll=1):
                     n_block = work.block(i)
                     rS = cute.make_rmem_tensor(BLOCK_N, Float32)
                     rings.s.wait_full(slot, s_phase)
@@ -112,7 +113,7 @@ class SoftmaxRole:
                     lag = (m - m_new) * scale_log2 if behind else 0.0
                     factor = cute.math.exp2(lag, fastmath=True)
                     m = m_new if behind else m
-                    if i > 0:
+                    if i > first:
                         statistics.sFactor[thread, slot] = factor
                         # The correction may touch O: the products before these scores are done.
                         fence_before_sync()

@@ -26,6 +26,7 @@ class Work:
     mask. `token` is the first query of this CTA's first Q tile, `tile_tokens` the way to its next:
     in a pair, Q tiles of the CTAs alternate, and `num_blocks` is what either needs. `tile.head`
     counts key heads if heads are packed. With no key block, only the correction has work to do.
+    A right bound hides the first `hidden` blocks from the first of two Q tiles: it does without.
     """
 
     rows: Constexpr[RowMap]
@@ -38,6 +39,12 @@ class Work:
     token: Int32
     last: Int32
     num_blocks: Int32
+    hidden: Int32
+
+    @cute.jit
+    def first_block(self, tile) -> Int32:
+        """The number i of the first block that Q tile `tile` has products with."""
+        return self.hidden if tile == 0 else Int32(0)
 
     @cute.jit
     def block(self, i) -> Int32:
@@ -104,6 +111,22 @@ class WorkQueue:
             lo = cutlass.min(lo + split * per_split, hi)
             hi = cutlass.min(lo + per_split, hi)
         num_blocks = hi - lo if token < seqlen.seqlen_q else 0
+        hidden = self.hidden_blocks(mask, token, hi, num_blocks)
         token += pair.rank(cfg.ctas) * rows.tokens
         tile_tokens = cfg.ctas * rows.tokens
-        return Work(rows, tile_tokens, tile, split, seqlen, mask, blocks, token, hi - 1, num_blocks)
+        return Work(
+            rows, tile_tokens, tile, split, seqlen, mask, blocks, token, hi - 1, num_blocks, hidden
+        )
+
+    @cute.jit
+    def hidden_blocks(self, mask: BandMask, token: Int32, hi: Int32, num_blocks: Int32) -> Int32:
+        """How many of the last blocks in front of `hi` no row of the first Q tile sees.
+
+        Not all: each Q tile has at least one block, so that all roles come to the same turns.
+        """
+        cfg, hidden = self.cfg, Int32(0)
+        alone = cfg.ctas == 1 and cfg.q_tiles == 2
+        if const_expr(alone and mask.has_right and not self.rule.block_sparse):
+            _, seen = mask.blocks(token, token + self.rows.tokens, cfg.block_n)
+            hidden = cutlass.max(cutlass.min(hi - seen, num_blocks - 1), 0)
+        return hidden

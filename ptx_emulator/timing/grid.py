@@ -3,6 +3,8 @@
 import heapq
 from dataclasses import dataclass
 
+import numpy as np
+
 from .problems import BLOCK, Costs, Runs
 from .table import Machine
 
@@ -48,8 +50,9 @@ class Prediction:
 def predict(problem: Problem, runs: Runs, costs: Costs, machine: Machine) -> Prediction:
     """Time of one launch.
 
-    Tiles go to whichever CTA is free, the longest first, as both kernels order causal ones; a
-    persistent kernel pays its start once. Every SM's clock is the table's, whatever the load.
+    Tiles come longest first, as all kernels here order causal ones. Where a CTA takes one, the next
+    one goes to whichever SM is free. Persistent CTAs pay their start once, and have fixed shares.
+    Every SM's clock is the table's, whatever the load.
     """
     tiles = -(-problem.seqlen // runs.rows)
     units = int(machine["sms"]) // runs.ctas * runs.per_sm
@@ -59,7 +62,7 @@ def predict(problem: Problem, runs: Runs, costs: Costs, machine: Machine) -> Pre
         lengths += [-(-keys // BLOCK)] * (problem.batch * problem.heads)
     each = [costs.tile + blocks * costs.block for blocks in lengths]
     if runs.persistent:
-        ends, start = _greedy(each, units), costs.start
+        ends, start = shares(each, units), costs.start
     else:
         ends, start = _greedy([cycles + costs.start for cycles in each], units), 0.0
     cycles = start + max(ends)
@@ -67,6 +70,16 @@ def predict(problem: Problem, runs: Runs, costs: Costs, machine: Machine) -> Pre
     us = machine["launch_us"] + cycles / (1000 * machine["clock_ghz"])
     us = max(us, machine["launch_us"] + problem.bytes / machine["hbm_bytes_us"])
     return Prediction(us, problem.flops / us / 1e6, len(each) / units, busy)
+
+
+def shares(jobs: list[float], units: int) -> list[float]:
+    """When each unit ends that takes every so many-th job, units forwards and backwards in turn."""
+    rounds = -(-len(jobs) // units)
+    table = np.zeros(rounds * units)
+    table[: len(jobs)] = jobs
+    table = table.reshape(rounds, units)
+    table[1::2] = table[1::2, ::-1].copy()
+    return list(map(float, table.sum(axis=0)))
 
 
 def _greedy(jobs: list[float], units: int) -> list[float]:

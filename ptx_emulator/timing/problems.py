@@ -6,7 +6,7 @@ they give the cycles of a run of T tiles with B key blocks of 128 in all,
 
     start + T tile + B block
 
-from three runs of a kernel whose CTAs take one tile after another (few tiles, more blocks, more
+from some runs of a kernel whose CTAs take one tile after another (few tiles, more blocks, more
 tiles), or from the CTAs of one causal launch, which have different numbers of blocks each. `tile`
 is what a tile costs beside its blocks: its first loads, its masked blocks, its output, as far as
 its neighbours do not hide them.
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "timing"
 BLOCK = 128  # keys, the unit of `block`
 SHORT, LONG = 512, 1024  # keys of the recorded runs
+LONGEST = 2048  # of causal ones: a tile's first blocks cost less than those that follow
 MANY_SMS = 64
 SCHEDULERS = frozenset({"fma", "alu", "mufu", "tensor", "lsu", "tmem", "issue slots"})  # four an SM
 SM_SMEM, SYSTEM_SMEM = 233472, 1024  # bytes of an SM, and of each CTA for the system
@@ -165,13 +166,16 @@ def runs_of(kernel: Kernel) -> Runs:
 def _recorded(kernel: Kernel) -> Runs:
     # As many SMs as there are tiles, so that a CTA takes one; upstream compiles its number in.
     alone = MANY_SMS if kernel.causal or kernel.who == "ours" else 2
-    first = record(kernel, LONG, LONG, alone)
+    queries = LONGEST if kernel.causal else LONG
+    first = record(kernel, queries, BLOCK if kernel.who == "ours" else queries, alone)
     ctas = first.cluster
     tiles = len(first.streams) // ctas
-    rows = 64 * -(-LONG // tiles // 64)
+    rows = 64 * -(-queries // tiles // 64)
     if alone == 2 and len(first.streams) == 2:
         rows = UPSTREAM_ROWS * ctas // (2 if kernel.head_dim > 192 else 1)
     facts = (rows, ctas, occupancy(first, kernel))
+    if kernel.causal and kernel.who == "ours":
+        return _causal_in_turn(kernel, *facts)
     if kernel.causal:
         groups = _clusters(first, ctas)
         runs = [
@@ -188,6 +192,18 @@ def _recorded(kernel: Kernel) -> Runs:
         busiest = max(groups, key=lambda group: _size(recording, group))
         runs.append(Run(taken, taken * keys // BLOCK, recording, busiest))
     return Runs(kernel, *facts, runs[-1].tiles > 1, runs)
+
+
+def _causal_in_turn(kernel: Kernel, rows: int, ctas: int, per_sm: int) -> Runs:
+    """Runs of one CTA, or pair, that takes all tiles of a causal launch, the longest first."""
+    runs = []
+    for queries, keys in ((rows, SHORT), (rows, LONGEST), (SHORT, SHORT), (LONG, LONG)):
+        recording = record(kernel, queries, keys, ctas)
+        (group,) = _clusters(recording, ctas)
+        tiles = queries // rows
+        ends = [keys - rows * index for index in range(tiles)]
+        runs.append(Run(tiles, sum(-(-end // BLOCK) for end in ends), recording, group))
+    return Runs(kernel, rows, ctas, per_sm, True, runs)
 
 
 def _clusters(recording: Recording, ctas: int) -> list[list[tuple[int, int, int]]]:
@@ -256,12 +272,12 @@ def lowered(kernel: Kernel, machine: Machine) -> Lowered:
 
 
 def _digest(kernel: Kernel) -> str:
-    """Of what streams depend on: our kernels, and how PTX is cut into blocks and recorded.
+    """Of what streams depend on: our kernels, how PTX is cut into blocks, and what is recorded.
 
     How the emulator executes an instruction does not count, as long as it executes it rightly.
     """
     found = hashlib.sha1(repr(kernel).encode())
-    sources = [Path(__file__).with_name("record.py")]
+    sources = [Path(__file__), Path(__file__).with_name("record.py")]
     sources += sorted((ROOT / "ptx_emulator" / "ptx").glob("*.py"))
     if kernel.who == "ours":
         sources += sorted((ROOT / "flash_attn4_cute").rglob("*.py"))
