@@ -15,6 +15,7 @@ from .work import Work
 
 STORE_BITS = 128  # of one store of a lane
 CHUNK = 16  # columns of O in registers at a time: one MMA step, so that they divide every depth
+HELD_WIDTH = 16  # bits of a value of O, of which a row may be held in registers
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,28 @@ class Epilogue:
         inverse: Float32,
         when_read: Constexpr[Callable[[], None]],
     ):
-        """Store O * inverse, O in tensor memory from `first_column` on."""
+        """Store O * inverse, O in tensor memory from `first_column` on.
+
+        Where two columns fit a register, what does not fit the staging memory is held in registers,
+        so that O has been read before the first stores are over.
+        """
         lane = cute.arch.lane_idx()
         warp_row = self.thread - lane
-        for start in cutlass.range_constexpr(0, self.cfg.head_dim_v, self.staged_columns):
+        kind, columns = self.sO.element_type, self.cfg.head_dim_v
+        staged = self.staged_end(0)
+        holds = kind.width <= HELD_WIDTH and staged < columns
+        held = cute.make_rmem_tensor(columns - staged, kind) if holds else None
+        for start in cutlass.range_constexpr(0, columns, self.staged_columns):
             if const_expr(self.output is not None):
                 wait_until_read(lane)
             cute.arch.sync_warp()
             for column in cutlass.range_constexpr(start, self.staged_end(start), CHUNK):
-                rO = cute.make_rmem_tensor(CHUNK, Float32)
-                TmemRow(first_column + column, CHUNK, self.thread).load(rO, CHUNK)
-                wait_loads()
-                for i in cutlass.range_constexpr(0, CHUNK, 2):
-                    rO[i], rO[i + 1] = cute.arch.mul_packed_f32x2(
-                        (rO[i], rO[i + 1]), (inverse, inverse)
-                    )
-                rounded = cute.make_rmem_tensor(CHUNK, self.sO.element_type)
-                rounded.store(rO.load().to(self.sO.element_type))
+                if const_expr(holds and start > 0):
+                    rounded = _part(held, column - staged)
+                else:
+                    rounded = self.rounded(first_column + column, inverse)
                 self.stage(rounded, column - start)
-            if const_expr(self.staged_end(start) == self.cfg.head_dim_v):
+            if const_expr(self.staged_end(start) == columns and not holds):
                 when_read()
             if const_expr(self.output is None):
                 cute.arch.sync_warp()
@@ -82,6 +86,23 @@ class Epilogue:
                         self.output.store(self.work, (self.tile, warp_row), chunk, self.sO)
                 else:
                     self.store_staged(args, start)
+            if const_expr(holds and start == 0):
+                for column in cutlass.range_constexpr(staged, columns, CHUNK):
+                    rounded = self.rounded(first_column + column, inverse)
+                    _part(held, column - staged).store(rounded.load())
+                when_read()
+
+    @cute.jit
+    def rounded(self, column: Constexpr[int], inverse: Float32) -> cute.Tensor:
+        """CHUNK columns of this thread's row of O * inverse, O in tensor memory."""
+        rO = cute.make_rmem_tensor(CHUNK, Float32)
+        TmemRow(column, CHUNK, self.thread).load(rO, CHUNK)
+        wait_loads()
+        for i in cutlass.range_constexpr(0, CHUNK, 2):
+            rO[i], rO[i + 1] = cute.arch.mul_packed_f32x2((rO[i], rO[i + 1]), (inverse, inverse))
+        found = cute.make_rmem_tensor(CHUNK, self.sO.element_type)
+        found.store(rO.load().to(self.sO.element_type))
+        return found
 
     @cute.jit
     def store_nothing(self, args: ForwardArgs):
@@ -161,6 +182,11 @@ def wait_until_read(lane: Int32):
     """Wait until TMA has read what this warp has staged; its first lane has begun the stores."""
     if lane == 0:
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def _part(row: cute.Tensor, first: int) -> cute.Tensor:
+    """CHUNK columns of a thread's row."""
+    return cute.make_tensor(row.iterator + first, CHUNK)
 
 
 def _copy_vector(source: cute.Tensor, target: cute.Tensor, elements: int):
