@@ -15,7 +15,6 @@ from .work import Work
 
 STORE_BITS = 128  # of one store of a lane
 CHUNK = 16  # columns of O in registers at a time: one MMA step, so that they divide every depth
-HELD_WIDTH = 16  # bits of a value of O, of which a row may be held in registers
 
 
 @dataclass(frozen=True)
@@ -53,26 +52,25 @@ class Epilogue:
     ):
         """Store O * inverse, O in tensor memory from `first_column` on.
 
-        Where two columns fit a register, what does not fit the staging memory is held in registers,
-        so that O has been read before the first stores are over.
+        What does not fit the staging memory is held in registers, two columns each, so that O has
+        been read, and the products of the next tile may go on, before the first stores are over.
         """
         lane = cute.arch.lane_idx()
         warp_row = self.thread - lane
         kind, columns = self.sO.element_type, self.cfg.head_dim_v
-        staged = self.staged_end(0)
-        holds = kind.width <= HELD_WIDTH and staged < columns
-        held = cute.make_rmem_tensor(columns - staged, kind) if holds else None
+        first = self.first_held()
+        held = cute.make_rmem_tensor(max(columns - first, CHUNK), kind)
         for start in cutlass.range_constexpr(0, columns, self.staged_columns):
             if const_expr(self.output is not None):
                 wait_until_read(lane)
             cute.arch.sync_warp()
             for column in cutlass.range_constexpr(start, self.staged_end(start), CHUNK):
-                if const_expr(holds and start > 0):
-                    rounded = _part(held, column - staged)
+                if const_expr(start >= first):
+                    rounded = _part(held, column - first)
                 else:
                     rounded = self.rounded(first_column + column, inverse)
                 self.stage(rounded, column - start)
-            if const_expr(self.staged_end(start) == columns and not holds):
+            if const_expr(self.staged_end(start) == columns == first):
                 when_read()
             if const_expr(self.output is None):
                 cute.arch.sync_warp()
@@ -86,11 +84,20 @@ class Epilogue:
                         self.output.store(self.work, (self.tile, warp_row), chunk, self.sO)
                 else:
                     self.store_staged(args, start)
-            if const_expr(holds and start == 0):
-                for column in cutlass.range_constexpr(staged, columns, CHUNK):
+            if const_expr(self.staged_end(start) == first < columns):
+                for column in cutlass.range_constexpr(first, columns, CHUNK):
                     rounded = self.rounded(first_column + column, inverse)
-                    _part(held, column - staged).store(rounded.load())
+                    _part(held, column - first).store(rounded.load())
                 when_read()
+
+    def first_held(self) -> int:
+        """The first column of O that is held in registers, all that follow are; d_v: none is.
+
+        Only where TMA stores everything: rows that lanes store take registers of their own.
+        """
+        columns = self.cfg.head_dim_v
+        whole = self.output is not None and self.output.ends_with_memory
+        return min(self.staged_columns, columns) if whole else columns
 
     @cute.jit
     def rounded(self, column: Constexpr[int], inverse: Float32) -> cute.Tensor:

@@ -228,7 +228,7 @@ def _pair_of_wide_tiles(head_dim: int) -> TileConfig:
         0,
         ctas=2,
         q_tiles=1,
-        registers=RegisterBudget(softmax=240, correction=176, other=96),
+        registers=RegisterBudget(softmax=240, correction=160, other=96),
     )
 
 
