@@ -75,11 +75,10 @@ def predict(problem: Problem, runs: Runs, costs: Costs, machine: Machine) -> Pre
 def shares(jobs: list[float], units: int) -> list[float]:
     """When each unit ends that takes every so many-th job, units forwards and backwards in turn."""
     rounds = -(-len(jobs) // units)
-    table = np.zeros(rounds * units)
-    table[: len(jobs)] = jobs
-    table = table.reshape(rounds, units)
-    table[1::2] = table[1::2, ::-1].copy()
-    return list(map(float, table.sum(axis=0)))
+    padded = jobs + [0.0] * (rounds * units - len(jobs))
+    by_turn = np.array(padded).reshape(rounds, units)
+    by_turn[1::2] = by_turn[1::2, ::-1].copy()
+    return list(map(float, by_turn.sum(axis=0)))
 
 
 def _greedy(jobs: list[float], units: int) -> list[float]:

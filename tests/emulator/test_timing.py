@@ -5,7 +5,7 @@ import pytest
 
 from ptx_emulator.timing import published
 from ptx_emulator.timing.calibrate import Row, loss, summary
-from ptx_emulator.timing.grid import Prediction, Problem, predict
+from ptx_emulator.timing.grid import Prediction, Problem, predict, shares
 from ptx_emulator.timing.lower import Op, in_order
 from ptx_emulator.timing.problems import Costs, Kernel, Runs
 from ptx_emulator.timing.replay import Streams, Stuck, replay, table_of
@@ -135,6 +135,11 @@ def test_waves_round_up_to_the_busiest_sm():
     assert once.us == pytest.approx(MACHINE["launch_us"] + (1000 + 2 * each) / clock)
     every = predict(problem, runs(False), costs, MACHINE)
     assert every.us == pytest.approx(MACHINE["launch_us"] + 2 * (1000 + each) / clock)
+
+
+def test_fixed_shares_go_forwards_and_backwards_in_turn():
+    assert shares([7, 6, 5, 4, 3, 2], 2) == [7 + 4 + 3, 6 + 5 + 2]
+    assert shares([7, 6, 5, 4, 3], 3) == [7, 6 + 3, 5 + 4]
 
 
 def test_errors_are_summed_up_as_shares():
