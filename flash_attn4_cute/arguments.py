@@ -13,6 +13,9 @@ Float32: TypeAlias = Any
 Int32: TypeAlias = Any
 Uint32: TypeAlias = Any
 
+# A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
+SMALLEST_SCALE = 1e-30
+
 
 class ScoreArgs(NamedTuple):
     """The numbers of the steps of a ScoreRule; those of an absent step are not read.
@@ -57,6 +60,8 @@ class ForwardArgs(NamedTuple):
     `softmax_scale` is the factor in the exponentials; `score` is None without steps before them.
     `window_left` and `window_right` are read only where the mask rule has that bound. `max_ctas`
     bounds the grid: fewer CTAs than tiles compute several each.
+    K and V of e4m3 come as d / 2 elements of Q's type, `mKDescale` and `mVDescale` (b, h_k) float32
+    are their factors.
     """
 
     mQ: Tensor
@@ -71,6 +76,8 @@ class ForwardArgs(NamedTuple):
     mKvRow: Tensor | None
     mLeftPad: Tensor | None
     mPageTable: Tensor | None
+    mKDescale: Tensor | None
+    mVDescale: Tensor | None
     mWorkspace: Tensor | None
     softmax_scale: Float32
     window_left: Int32

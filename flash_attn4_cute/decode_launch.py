@@ -3,9 +3,10 @@
 from typing import Any
 
 from . import compiler
+from .arguments import SMALLEST_SCALE
 from .decode_arguments import DecodeArgs
 from .decode_plan import DecodeKey
-from .launch import SMALLEST_SCALE, canonical, score_args, workspace
+from .launch import cache_views, canonical, score_args, workspace
 from .plan import Plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
@@ -18,13 +19,11 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
     """
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
-    k, v = tensors.k, tensors.v
-    if problem.fp8_kv:
-        k, v = k.view(problem.dtype), v.view(problem.dtype)
+    k, v = cache_views(problem, tensors)
     args = DecodeArgs(
         canonical(tensors.q),
-        canonical(k),
-        canonical(v),
+        k,
+        v,
         canonical(out),
         tensors.lse,
         workspace(problem, out, plan.num_splits) if key.is_split else None,

@@ -65,8 +65,6 @@ def decodes(p: AttentionProblem, prefill_is_general: bool = False) -> bool:
     """
     if p.dropout_p or p.block_size is not None:
         return False
-    if p.fp8_kv:
-        return True
     if not prefill_is_general:
         either = p.num_splits > 1 or (p.num_splits == 0 and p.kv_layout is Layout.PAGED)
         few = packed_rows(p) <= MAX_PACKED_ROWS

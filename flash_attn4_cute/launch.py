@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from . import compiler
-from .arguments import BlockArgs, ForwardArgs, ScoreArgs
+from .arguments import SMALLEST_SCALE, BlockArgs, ForwardArgs, ScoreArgs
 from .block_sparse import BlockSparse, tile_lists
 from .decode_plan import DecodeKey
 from .plan import ForwardKey, Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
-
-# A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
-SMALLEST_SCALE = 1e-30
 
 
 def check(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
@@ -59,10 +56,11 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Any, 
 def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple[Any, Any]:
     key, out = plan.key, tensors.out
     assert isinstance(key, ForwardKey) and out is not None
+    k, v = cache_views(problem, tensors)
     args = ForwardArgs(
         canonical(tensors.q),
-        canonical(tensors.k),
-        canonical(tensors.v),
+        k,
+        v,
         canonical(out),
         tensors.lse,
         tensors.cu_seqlens_q,
@@ -72,6 +70,8 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         tensors.kv_batch_idx,
         tensors.cache_leftpad,
         tensors.page_table,
+        tensors.k_descale,
+        tensors.v_descale,
         workspace(problem, out, plan.num_splits) if key.merged_dim else None,
         1.0 if key.score.scaled else max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
@@ -85,6 +85,14 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
     kernel = compiler.compiled(key)
     kernel(args)
     return kernel, args
+
+
+def cache_views(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
+    """K and V as the kernels of the mma.sync family read them: two values of e4m3 are one."""
+    k, v = tensors.k, tensors.v
+    if problem.fp8_kv:
+        k, v = k.view(problem.dtype), v.view(problem.dtype)
+    return canonical(k), canonical(v)
 
 
 def new_workspace(size: int, device: torch.device) -> Tensor:

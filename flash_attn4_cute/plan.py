@@ -21,7 +21,7 @@ from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
 from .sm100.pairing import in_pairs
 from .splits import MAX_SPLITS, choose_forward_splits
-from .tiles import FORWARD_ROWS, TileConfig
+from .tiles import FORWARD_ROWS, FP8_ROWS, TileConfig
 
 UNBOUNDED = 2**31 - 1
 MAX_HEAD_DIM = 256
@@ -49,8 +49,15 @@ class ForwardKey:
     has_lse: bool
     has_kv_batch_idx: bool = False
     has_leftpad: bool = False
+    has_k_descale: bool = False
+    has_v_descale: bool = False
     score: ScoreRule = PLAIN
     merged_dim: int = 0
+
+    @property
+    def has_fp8_kv(self) -> bool:
+        """Whether K and V are e4m3: then tensors have two of their values in an element."""
+        return isinstance(self.cfg, TileConfig) and self.cfg.kv_bytes == 1
 
     @property
     def family(self) -> str:
@@ -126,7 +133,7 @@ def make_plan(problem: AttentionProblem) -> Plan:
 def plan_on(problem: AttentionProblem, card: Card) -> Plan:
     """The plan of a problem on `card`; see make_plan."""
     assert card.variant is not None, "supported_card has refused the others"
-    cfg = forward_row(card.variant, problem.head_dim, problem.head_dim_v, problem.page_size)
+    cfg = row_for(card.variant, problem)
     for refusal in _refusals(problem, cfg is not None and cfg.is_general):
         raise NotImplementedError(refusal)
     assert cfg is not None, "the last row holds every head dimension that is not refused"
@@ -164,6 +171,8 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
         has_lse=problem.return_lse,
         has_kv_batch_idx=problem.has_kv_batch_idx,
         has_leftpad=problem.has_cache_leftpad,
+        has_k_descale=problem.has_k_descale,
+        has_v_descale=problem.has_v_descale,
         score=ScoreRule.of(problem),
         merged_dim=problem.head_dim_v if num_splits > 1 else 0,
     )
@@ -179,17 +188,16 @@ def forward_rows(variant: str) -> tuple[Any, ...]:
     return sm100_tiles.FORWARD_ROWS.get(variant, FORWARD_ROWS)
 
 
-def forward_row(
-    variant: str, head_dim: int, head_dim_v: int, page_size: int | None = None
-) -> TileConfig | sm100_tiles.TileConfig | None:
-    """The narrowest row whose tiles hold tensors of these head dimensions, or None.
+def row_for(variant: str, p: AttentionProblem) -> TileConfig | sm100_tiles.TileConfig | None:
+    """The narrowest row whose tiles hold the tensors of `p`, or None.
 
-    Every card has mma.sync: its rows serve what the variant's own family has no tiles for.
+    Every card has mma.sync: its rows serve what the variant's own family has no tiles for, e4m3
+    among it.
     """
-    rows = (*forward_rows(variant), *FORWARD_ROWS)
-    holding = (row for row in rows if row.holds(head_dim, head_dim_v))
-    if page_size is not None:
-        pages = (row.paged(page_size) if isinstance(row, TileConfig) else row for row in holding)
+    rows = FP8_ROWS if p.fp8_kv else (*forward_rows(variant), *FORWARD_ROWS)
+    holding = (row for row in rows if row.holds(p.head_dim, p.head_dim_v))
+    if p.page_size is not None:
+        pages = (row.paged(p.page_size) if isinstance(row, TileConfig) else row for row in holding)
         holding = (row for row in pages if row is not None)
     return next(holding, None)
 
@@ -207,8 +215,8 @@ def _refusals(p: AttentionProblem, is_general: bool):
     on_cpu = "or pass CPU tensors"
     if p.dtype not in (torch.float16, torch.bfloat16):
         yield _refuse("dtype", p.dtype, "the GPU kernels take float16 and bfloat16", "cast q, k, v")
-    if p.fp8_kv and (p.head_dim % 16 or p.head_dim_v % 16 or not decodes(p, is_general)):
-        rule = "the GPU reads fp8 with head dimensions that are multiples of 16, without dropout"
+    if p.fp8_kv and (p.head_dim % 16 or p.head_dim_v % 16):
+        rule = "the GPU reads fp8 with head dimensions that are multiples of 16"
         yield _refuse("k.dtype, v.dtype", FP8, rule, f"convert them to q's dtype, {on_cpu}")
     for name, dim in (("head_dim", p.head_dim), ("head_dim_v", p.head_dim_v)):
         if dim % 8 or dim > MAX_HEAD_DIM:

@@ -58,6 +58,10 @@ def trace_forward(key: ForwardKey) -> tuple:
     batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
     packed_q = key.q_layout is Layout.VARLEN
     d, d_v = cute.sym_int(divisibility=8), key.merged_dim or cute.sym_int(divisibility=8)
+    d_of_k, d_of_v = d, d_v
+    if key.has_fp8_kv:
+        d_of_k = cute.sym_int(divisibility=8)
+        d_of_v = key.merged_dim // 2 or cute.sym_int(divisibility=8)
     total_q = cute.sym_int()
     kv_lead = {
         Layout.DENSE: (cute.sym_int() if key.has_kv_batch_idx else batch, cute.sym_int()),
@@ -69,8 +73,8 @@ def trace_forward(key: ForwardKey) -> tuple:
     lse_shape = (heads, total_q) if packed_q else (batch, heads, total_q)
     args = ForwardArgs(
         mQ=rows(dtype, (*q_lead, heads, d)),
-        mK=rows(dtype, (*kv_lead, heads_kv, d)),
-        mV=rows(dtype, (*kv_lead, heads_kv, d_v)),
+        mK=rows(dtype, (*kv_lead, heads_kv, d_of_k)),
+        mV=rows(dtype, (*kv_lead, heads_kv, d_of_v)),
         mO=rows(dtype, (*q_lead, heads, d_v)),
         mLSE=values(Float32, lse_shape, key.has_lse),
         mCuSeqlensQ=values(Int32, (cute.sym_int(),), packed_q),
@@ -80,6 +84,8 @@ def trace_forward(key: ForwardKey) -> tuple:
         mKvRow=values(Int32, (cute.sym_int(),), key.has_kv_batch_idx),
         mLeftPad=values(Int32, (cute.sym_int(),), key.has_leftpad),
         mPageTable=values(Int32, (cute.sym_int(), cute.sym_int()), key.kv_layout is Layout.PAGED),
+        mKDescale=vectors(Float32, (batch, heads_kv), 1) if key.has_k_descale else None,
+        mVDescale=vectors(Float32, (batch, heads_kv), 1) if key.has_v_descale else None,
         mWorkspace=rows(Float32, (cute.sym_int64(),), key.merged_dim > 0),
         softmax_scale=Float32(1.0),
         window_left=Int32(0),

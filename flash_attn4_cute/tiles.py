@@ -38,7 +38,7 @@ class TileConfig:
     Blocks of `block_n` rows of K and of V take turns in a ring of `kv_stages` slots, all of K's
     width. Q stays in registers if `q_in_registers`, else `ldmatrix` brings it once a block.
     `stack_bytes` is the most that ptxas may spill a thread. K and V in pages arrive in boxes of
-    `box_n` rows, None if they are not paged.
+    `box_n` rows, None if they are not paged; a value of theirs has `kv_bytes` bytes, 1 being e4m3.
     """
 
     head_dim: int
@@ -51,6 +51,7 @@ class TileConfig:
     registers: RegisterBudget = RegisterBudget(load=24, compute=240)
     stack_bytes: int = 0
     box_n: int | None = None
+    kv_bytes: int = 2
 
     @property
     def family(self) -> str:
@@ -76,8 +77,23 @@ class TileConfig:
 
     @property
     def swizzle_elements(self) -> int:
-        """Columns of one swizzle atom of a 16-bit type: the widest of 64, 32, 16 that divides."""
-        return next(n for n in (64, 32, 16) if self.head_dim % n == self.head_dim_v % n == 0)
+        """Columns of one swizzle atom of Q in shared memory."""
+        return _widest_atom(self.head_dim, self.head_dim_v)
+
+    @property
+    def kv_columns(self) -> int:
+        """16-bit elements of a row of K in shared memory: two values of e4m3 are one."""
+        return self.head_dim * self.kv_bytes // 2
+
+    @property
+    def kv_columns_v(self) -> int:
+        """16-bit elements of a row of V."""
+        return self.head_dim_v * self.kv_bytes // 2
+
+    @property
+    def kv_swizzle_elements(self) -> int:
+        """16-bit elements of one swizzle atom of K and V in shared memory."""
+        return _widest_atom(self.kv_columns, self.kv_columns_v)
 
     def holds(self, head_dim: int, head_dim_v: int) -> bool:
         """Whether tensors of these head dimensions fit into the tiles."""
@@ -86,25 +102,30 @@ class TileConfig:
     def paged(self, page_size: int) -> "TileConfig | None":
         """The same for pages of so many keys, or None: boxes begin at multiples of 128 bytes."""
         box_n = math.gcd(page_size, self.block_n)
-        return replace(self, box_n=box_n) if 2 * box_n * self.swizzle_elements % 128 == 0 else None
+        fits = 2 * box_n * self.kv_swizzle_elements % 128 == 0
+        return replace(self, box_n=box_n) if fits else None
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA: the Q tile, the ring of K and V blocks, the barriers."""
-        row = 2 * self.head_dim
-        return row * (self.block_m + self.kv_stages * self.block_n) + BARRIER_BYTES
+        ring = 2 * self.kv_columns * self.kv_stages * self.block_n
+        return 2 * self.head_dim * self.block_m + ring + BARRIER_BYTES
 
     def explain(self) -> str:
         """What the tiles are, for people."""
+        kind = "keys of e4m3" if self.kv_bytes == 1 else "keys"
         pages = f" in boxes of {self.box_n}" if self.box_n else ""
         return (
-            f"{self.block_m} queries x {self.block_n} keys{pages}, {self.kv_stages} K/V slots, "
+            f"{self.block_m} queries x {self.block_n} {kind}{pages}, {self.kv_stages} K/V slots, "
             f"{self.num_compute_warps} compute warps, {self.smem_bytes} bytes of shared memory"
         )
 
     def check(self) -> None:
         """Assert what the kernel takes for granted; a row that fails is our bug."""
         assert self.head_dim % 16 == 0 and self.block_n % 16 == 0
+        if self.kv_bytes == 1:
+            assert self.block_n % 32 == 0, "an `ldmatrix.x4` brings 16 columns of 32 keys of K"
+            assert self.head_dim % 32 == 0, "one of V brings 32 columns of 16 keys"
         assert self.head_dim_v % 32 == 0, "the epilogue transposes four n8 tiles at a time"
         assert self.head_dim_v <= self.head_dim, "V takes slots of K's width"
         assert self.rows_per_warp in (16, 32)
@@ -117,6 +138,11 @@ class TileConfig:
         assert per_lane * WARPS_PER_GROUP * WARP_SIZE <= REGISTER_FILE, (
             f"{self} overdraws registers"
         )
+
+
+def _widest_atom(*columns: int) -> int:
+    """Columns of the widest swizzle atom of 16-bit elements, 64, 32 or 16, that divides all."""
+    return next(n for n in (64, 32, 16) if all(c % n == 0 for c in columns))
 
 
 # One row serves every card of the family until a card is measured to want its own.
@@ -155,5 +181,33 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
         rows_per_warp=16,
         q_in_registers=True,
         stack_bytes=120,
+    ),
+)
+
+# K and V of e4m3: slots of half the bytes, and registers in which they are widened. Chosen by what
+# ptxas spills, see docs/design.md; not timed yet.
+FP8_ROWS: tuple[TileConfig, ...] = (
+    TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=8, kv_bytes=1),
+    TileConfig(head_dim=96, head_dim_v=96, block_n=64, kv_stages=8, kv_bytes=1),
+    # ptxas spills up to 248 bytes for sm_120a and sm_121a, 24 for sm_90a, 128 for sm_100a: of O, as
+    # above, 48 LDL.64 and 29 STL.64 among the 2374 instructions of a key block.
+    TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=4, kv_bytes=1, stack_bytes=248),
+    TileConfig(
+        head_dim=192,
+        head_dim_v=128,
+        block_n=64,
+        kv_stages=4,
+        rows_per_warp=16,
+        q_in_registers=True,
+        kv_bytes=1,
+    ),
+    TileConfig(
+        head_dim=256,
+        head_dim_v=256,
+        block_n=32,
+        kv_stages=4,
+        rows_per_warp=16,
+        q_in_registers=True,
+        kv_bytes=1,
     ),
 )

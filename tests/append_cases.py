@@ -15,7 +15,6 @@ from .oracle import Rule
 
 HEADS, HEADS_KV, D = 4, 2, 64
 CAPACITY = 96  # tokens a sequence's cache can hold
-FP8 = torch.float8_e4m3fn
 SPARE_ROWS = 2  # of a cache that cache_batch_idx chooses from
 BEFORE = (0, 1, 63, 64, 90, -1)  # tokens already there; -1 is a padded row of a CUDA graph
 
@@ -100,21 +99,13 @@ class Cache:
             self.descales = tuple(factors.to(device))
         held = [[normal(max(0, n), heads_kv, d) for n in how.before] for d in (how.d, how.d_v)]
         if how.fp8:
-            held = [self._quantised(xs, which) for which, xs in enumerate(held)]
+            held = [inputs.quantised(xs, f) for xs, f in zip(held, self.descales, strict=True)]
         self.k, self.v = (self._place(xs) for xs in held)
         join = inputs.pack if how.packed else inputs.stack
         self.q, self.new_k, self.new_v = (
             join(xs, (), how.dtype, device) for xs in (self.qs, self.new_ks, self.new_vs)
         )
         self._restride()
-
-    def _quantised(self, xs: Sequence[Tensor], which: int) -> list[Tensor]:
-        """Keys (which = 0) or values of each sequence as an fp8 cache holds them."""
-        scaled = [
-            x.double() / factor[:, None]
-            for x, factor in zip(xs, self.descales[which].double(), strict=True)
-        ]
-        return [x.clamp(-448, 448).to(FP8) for x in scaled]
 
     def _page_table(self, gen: torch.Generator) -> Tensor:
         """Shuffled pages for the tokens that each sequence will hold; -1 or junk behind them."""
@@ -178,7 +169,7 @@ class Cache:
             keys.append(k)
         values = self.new_vs
         if how.fp8:
-            keys, values = self._quantised(keys, 0), self._quantised(values, 1)
+            keys, values = map(inputs.quantised, (keys, values), self.descales)
         where = {"page_table": self.table, "batch_idx": self.rows}
         cache_k = oracle.append(self.k, keys, how.before, **where)
         cache_v = oracle.append(self.v, values, how.before, **where)
@@ -193,10 +184,7 @@ class Cache:
             found = oracle.from_paged(cache, self.table, lengths)
         else:
             found = oracle.from_dense(cache, lengths, self.rows)
-        if self.how.fp8:
-            factors = self.descales[which]
-            return [x * factor[:, None] for x, factor in zip(found, factors, strict=True)]
-        return found
+        return inputs.dequantised(found, self.descales[which]) if self.how.fp8 else found
 
     def split_queries(self, x: Tensor, dim: int = 0) -> list[Tensor]:
         """x, with the queries of all sequences along `dim` if packed, by sequence."""

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FP8 = torch.float8_e4m3fn
 HALF_DTYPES = (F16, BF16)
 CORE_HEAD_DIMS = (64, 96, 128)
 
@@ -28,6 +29,7 @@ class Case:
     pages of page_size behind a packed q (paged_dense: behind a dense q); "packed_q", "packed_k":
     one side packed, the other dense.
     fill, strides: see harness.FILLS and harness.PLACEMENTS.
+    fp8: K and V are e4m3, with factors for each sequence and head.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Case:
     dropout_p: float = 0.0
     fill: str = "normal"
     strides: str = "contiguous"
+    fp8: bool = False
     return_lse: bool = True
 
     def __str__(self) -> str:
@@ -82,7 +85,8 @@ class Case:
         used = (self.used_q is not None, self.used_k is not None)
         negative = (self.softmax_scale or 0) < 0
         steps = (self.softcap != 0, self.sink, self.alibi is not None, self.dropout_p > 0, negative)
-        own = (self.dtype, self.d, self.d_v, self.bounds, self.layout, used, self.return_lse, steps)
+        own = (self.dtype, self.fp8, self.d, self.d_v, self.bounds, self.layout, used)
+        own = (*own, self.return_lse, steps)
         box = None if self.page_size is None else math.gcd(self.page_size, 64)
         rows = self.packed_rows > 16 if self.decodes else None
         return (*own, self.num_splits > 1, box, rows)
@@ -108,6 +112,7 @@ class Case:
         reasons = (
             (self.dtype not in HALF_DTYPES, "dtype"),
             (any(n % 8 or n > 256 for n in (self.d, self.d_v or self.d)), "head_dim"),
+            (self.fp8 and any(n % 16 for n in (self.d, self.d_v or self.d)), "k.dtype"),
             (self.dropout_p != 0 and self.pack_gqa is True, "together with"),
             (self.layout.startswith("paged") and self.strides in UNALIGNED_STRIDES, "a cache"),
         )
@@ -377,6 +382,38 @@ def _chunks() -> Iterator[Case]:
     yield Case(name="pages_dropout_decode", num_splits=2, dropout_p=0.3, **paged, **few)
 
 
+def _fp8() -> Iterator[Case]:
+    """The same from e4m3: every layout, width of tile and step of the scores."""
+    sq, used = (130, 1, 300, 0, 65), (300, 1, 320, 0, 256)
+    for size, splits, d in ((1, 1, 64), (5, 2, 64), (16, 3, 128), (64, 7, 64), (256, 1, 128)):
+        yield Case(
+            name=f"fp8_page{size}_splits{splits}", layout="paged", page_size=size, seqlens_q=sq,
+            seqlens_k=(320,) * 5, used_k=used, num_splits=splits, causal=True, d=d, fp8=True,
+        )  # fmt: skip
+    for turn, (d, d_v) in enumerate(((48, 48), (64, 64), (80, 96), (128, 128), (192, 128))):
+        for layout in ("dense", "varlen"):
+            yield Case(
+                name=f"fp8_d{d}_{d_v}_{layout}", layout=layout, seqlens_q=(150, 150), d=d, d_v=d_v,
+                seqlens_k=(261,) * 2, used_k=(261, 99), window=(120, 0), fp8=True,
+                dtype=HALF_DTYPES[(turn + len(layout)) % 2],
+            )  # fmt: skip
+    for d, d_v in ((160, 160), (256, 256), (64, 256)):
+        yield Case(
+            name=f"fp8_d{d}_{d_v}", seqlens_q=(150,), seqlens_k=(261,), d=d, d_v=d_v, fp8=True,
+            heads=2, heads_kv=1, num_splits=2,
+        )  # fmt: skip
+    plain = {"seqlens_q": (70,) * 2, "seqlens_k": (200,) * 2, "causal": True, "fp8": True}
+    extras = {"softcap": 15.0, "sink": True, "alibi": "batch"}
+    for d, splits in ((64, 1), (128, 3)):
+        yield Case(name=f"fp8_steps_splits{splits}", num_splits=splits, d=d, **plain, **extras)
+    yield Case(name="fp8_dropout", d=64, dropout_p=0.3, used_k=(200, 40), **plain)
+    yield Case(name="fp8_negative", d=64, softmax_scale=-0.1, **plain)
+    for fill, dtype in (("peaked", BF16), ("outlier", F16), ("large_v", BF16), ("zeros", F16)):
+        yield Case(name=f"fp8_{fill}", fill=fill, dtype=dtype, num_splits=2, **plain)
+    for strides in ("interleaved_kv", "odd_stride", "transposed"):
+        yield Case(name=f"fp8_{strides}", strides=strides, d=64, **plain)
+
+
 # --- everything that is not in every kernel -------------------------------------------------------
 
 
@@ -420,6 +457,7 @@ STRIDES = tuple(_strides())
 PAGES = tuple(_pages())
 DECODE = tuple(_decode())
 CHUNKS = tuple(_chunks())
+FP8_CHUNKS = tuple(_fp8())
 FEATURES = tuple(_features())
 
 FAMILIES = {
@@ -437,5 +475,6 @@ FAMILIES = {
     "pages": PAGES,
     "decode": DECODE,
     "chunks": CHUNKS,
+    "fp8_chunks": FP8_CHUNKS,
     "features": FEATURES,
 }

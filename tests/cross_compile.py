@@ -26,17 +26,20 @@ from flash_attn4_cute.plan import ForwardKey, forward_rows
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.rules import BandRule
 from flash_attn4_cute.sm100.tiles import PAIR_ROWS
+from flash_attn4_cute.tiles import FP8_ROWS
 
 VARIANTS = ("sm90a", "sm100a", "sm103a", "sm120a", "sm121a")
 # The tcgen05 kernels differ in little but widths and take long to compile: these stand for all.
 HEAD_DIMS = {"sm100a": (64, 128, 192, 256), "sm103a": (96, 128)}
+# Of the rows of e4m3, which are the same for every card, all are compiled for one.
+FP8_HEAD_DIMS = {"sm90a": (64, 128), "sm100a": (128, 256), "sm103a": (128,), "sm121a": (128,)}
 
 
 def keys(variant: str) -> dict[str, ForwardKey]:
     """Three keys a row: the least a kernel does, the most, and what prefill runs.
 
     Of some rows also what chunked prefill runs: pages and split keys; tcgen05 rows have pages of
-    their own, and gather them for packed heads and split keys.
+    their own, and gather them for packed heads and split keys. Of rows of e4m3 that alone.
     """
     least = {
         "dtype": torch.float16, "rule": BandRule(False, False), "layout": Layout.DENSE,
@@ -48,12 +51,17 @@ def keys(variant: str) -> dict[str, ForwardKey]:
     }  # fmt: skip
     prefill = least | {"dtype": torch.bfloat16, "rule": BandRule(False, True), "has_lse": True}
     chunks = most | {"kv_layout": Layout.PAGED}
+    fp8_dims = FP8_HEAD_DIMS.get(variant)
+    fp8_rows = [row for row in FP8_ROWS if fp8_dims is None or row.head_dim in fp8_dims]
     found = {}
-    for cfg in (*forward_rows(variant), *PAIR_ROWS.get(variant, ())):
-        if cfg.head_dim not in HEAD_DIMS.get(variant, (cfg.head_dim,)):
+    for cfg in (*forward_rows(variant), *PAIR_ROWS.get(variant, ()), *fp8_rows):
+        is_fp8 = cfg in fp8_rows
+        if cfg.head_dim not in HEAD_DIMS.get(variant, (cfg.head_dim,)) and not is_fp8:
             continue
         choices = {"least": (cfg, least), "most": (cfg, most), "prefill": (cfg, prefill)}
         choices |= {name: (tiles, chunks) for name, tiles in in_pages(cfg, variant).items()}
+        if is_fp8:
+            choices = {"fp8": (cfg.paged(16), chunks)}
         for name, (tiles, choice) in choices.items():
             dims = f"d{cfg.head_dim}" + f"_{cfg.head_dim_v}" * (cfg.head_dim_v != cfg.head_dim)
             dims += "_pair" * (cfg in PAIR_ROWS.get(variant, ()))
@@ -67,7 +75,9 @@ def keys(variant: str) -> dict[str, ForwardKey]:
                 has_seqused_q=choice["used"],
                 has_seqused_k=choice["used"],
                 has_lse=choice["has_lse"],
-                merged_dim=cfg.head_dim_v if name in ("chunks", "gathered") else 0,
+                has_k_descale=is_fp8,
+                has_v_descale=is_fp8,
+                merged_dim=cfg.head_dim_v if name in ("chunks", "gathered", "fp8") else 0,
             )
     return found
 

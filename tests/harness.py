@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import acceptance, inputs
-from .cases import Case
+from .cases import FP8, Case
 from .oracle import Dropout, Rule
 
 DROPOUT_SEED = 5
@@ -89,11 +89,19 @@ def make_rule(case: Case, device: torch.device) -> Rule:
 def build(case: Case, device: torch.device) -> Call:
     """The tensors of this case, and what the oracle needs."""
     all_q, all_k, all_v = inputs.draw(case, device)
+    extra: dict[str, Any] = {}
+    cached = case.dtype
+    if case.fp8:
+        # Small enough for e4m3 to hold what normal inputs are divided by them.
+        gen, shape = inputs.generator(case, device), (2, case.batch, case.heads_kv)
+        factors = torch.rand(shape, generator=gen, device=device) * 0.02 + 0.005
+        extra |= {"k_descale": factors[0], "v_descale": factors[1]}
+        all_k, all_v = map(inputs.quantised, (all_k, all_v), factors)
+        cached = FP8
     qs, all_q = inputs.keep_used(all_q, case.used_q)
     ks, all_k = inputs.keep_used(all_k, case.used_k)
     vs, all_v = inputs.keep_used(all_v, case.used_k)
     d_v = case.d_v or case.d
-    extra: dict[str, Any] = {}
     join_q = inputs.stack if case.has_dense_q else inputs.pack
     q = join_q(all_q, (case.heads, case.d), case.dtype, device)
     if case.layout.startswith("paged"):
@@ -105,8 +113,8 @@ def build(case: Case, device: torch.device) -> Call:
         extra["seqused_k"] = inputs.int32(case.used_k or counts, device)
     else:
         join = inputs.stack if case.has_dense_k else inputs.pack
-        k = join(all_k, (case.heads_kv, case.d), case.dtype, device)
-        v = join(all_v, (case.heads_kv, d_v), case.dtype, device)
+        k = join(all_k, (case.heads_kv, case.d), cached, device)
+        v = join(all_v, (case.heads_kv, d_v), cached, device)
         if case.used_k is not None:
             extra["seqused_k"] = inputs.int32(case.used_k, device)
     if not case.has_dense_q:
@@ -118,6 +126,8 @@ def build(case: Case, device: torch.device) -> Call:
     if case.used_q is not None:
         extra["seqused_q"] = inputs.int32(case.used_q, device)
     q, k, v = inputs.PLACEMENTS[case.strides](q, k, v)
+    if case.fp8:
+        ks, vs = map(inputs.dequantised, (ks, vs), factors)
     return Call(case, q, k, v, make_rule(case, device), (qs, ks, vs), extra)
 
 
@@ -137,15 +147,19 @@ def call_varlen(fa4: ModuleType, call: Call, **options: Any) -> Any:
 
 def call_kvcache(fa4: ModuleType, call: Call, **options: Any) -> Any:
     named = dict(call.tensors)
-    named["cache_seqlens"] = named.pop("seqused_k")
+    named["cache_seqlens"] = named.pop("seqused_k", None)
     return fa4.flash_attn_with_kvcache(call.q, call.k, call.v, **named, **options)
 
 
 def caller(case: Case) -> Callable[..., Any]:
     """The public function that answers this layout."""
+    if case.layout == "paged_dense":
+        return call_kvcache
     if case.layout == "dense" and case.used_q is None and case.used_k is None:
-        return call_dense
-    return call_kvcache if case.layout == "paged_dense" else call_varlen
+        # The function for dense tensors takes no factors, that for caches no dropout.
+        with_factors = call_varlen if case.dropout_p else call_kvcache
+        return with_factors if case.fp8 else call_dense
+    return call_varlen
 
 
 def cut(call: Call, out: Tensor, lse: Tensor | None) -> Answer:

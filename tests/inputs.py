@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import FP8, Case
 
 JUNK_PAGE = 2**31 - 1  # in page_table where nothing may look
 
@@ -69,6 +69,17 @@ def draw(case: Case, device: torch.device) -> tuple[list[Tensor], list[Tensor], 
     if case.strides in ("expanded_batch", "expanded_heads"):
         ks, vs = ([_repeat(x, xs[0], case.strides) for x in xs] for xs in (ks, vs))
     return qs, ks, vs
+
+
+def quantised(xs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Keys or values (n, h_k, d) of each sequence as an fp8 cache holds them."""
+    scaled = [x.double() / f[:, None] for x, f in zip(xs, factors.double(), strict=True)]
+    return [x.clamp(-448, 448).to(FP8) for x in scaled]
+
+
+def dequantised(xs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """What they mean, in float32."""
+    return [x.float() * f[:, None] for x, f in zip(xs, factors, strict=True)]
 
 
 def _repeat(x: Tensor, first: Tensor, how: str) -> Tensor:

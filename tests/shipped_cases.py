@@ -44,6 +44,7 @@ def small_case(problem: AttentionProblem, number: int) -> Case:
         window=window,
         softcap=problem.softcap,
         sink=problem.has_sink,
+        fp8=problem.fp8_kv,
         num_splits=problem.num_splits,
         return_lse=problem.return_lse,
     )

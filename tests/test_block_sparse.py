@@ -35,7 +35,7 @@ def check(
     out, lse = fa4.interface._flash_attn_fwd(
         call.q, call.k, call.v, causal=case.causal, window_size_left=left, window_size_right=right,
         block_sparse_tensors=block_masks.lists(kinds.to(device), block_size), mask_mod=mask_mod,
-        return_lse=True, **more,
+        return_lse=True, **call.tensors, **more,
     )  # fmt: skip
     harness.judge(call, harness.cut(call, out, lse))
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from . import acceptance, cases, harness
-from .append_cases import FP8
-from .cases import BF16, Case
+from .cases import BF16, FP8, Case
 from .oracle import Rule
 
 

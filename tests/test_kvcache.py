@@ -7,7 +7,7 @@ import torch
 
 from . import acceptance, append_cases, cases, harness, inputs, oracle
 from .append_cases import HEADS, HEADS_KV, D, append_params, verify
-from .cases import BF16, F16, F32, Case
+from .cases import BF16, F16, F32, FP8, Case
 from .oracle import Rule
 
 
@@ -17,7 +17,7 @@ def test_page_sizes_and_tables(fa4, device, case):
     harness.verify(fa4, case, device)
 
 
-@pytest.mark.parametrize("case", cases.CHUNKS, ids=str)
+@pytest.mark.parametrize("case", cases.CHUNKS + cases.FP8_CHUNKS, ids=str)
 def test_many_queries_on_pages_and_splits(fa4, device, case):
     """Chunked prefill: the kernel for many rows reads pages and splits keys too."""
     harness.verify(fa4, case, device)
@@ -124,8 +124,8 @@ def test_wrong_fp8_caches(fa4, name):
     wrong, kind, message = WRONG_FP8[name]
     k, v = (torch.zeros(2, 8, 2, D, dtype=BF16) for _ in range(2))
     if wrong.get("fp8", True):
-        k = k.to(append_cases.FP8)
-        v = v if wrong.get("only_k") else v.to(append_cases.FP8)
+        k = k.to(FP8)
+        v = v if wrong.get("only_k") else v.to(FP8)
     q, new = torch.ones(2, 1, 4, D, dtype=BF16), torch.ones(2, 1, 2, D, dtype=BF16)
     descales = {
         key: torch.ones(shape, dtype=wrong.get("dtype", F32))
@@ -139,7 +139,7 @@ def test_wrong_fp8_caches(fa4, name):
 
 def test_fa2716_fp8_saturates(fa4, device):
     """FA#2716: a new token beyond what e4m3 holds becomes +-448, not NaN."""
-    cache = torch.zeros(2, 1, 4, 1, D, dtype=BF16, device=device).to(append_cases.FP8)
+    cache = torch.zeros(2, 1, 4, 1, D, dtype=BF16, device=device).to(FP8)
     new = torch.full((1, 1, 1, D), 1e4, dtype=BF16, device=device)
     new[..., ::2] = -1e4
     descale = torch.full((1, 1), 2.0, device=device)
@@ -225,7 +225,7 @@ def test_fp8_pages_by_every_entry_point(fa4, device):
         return torch.randn(shape, generator=gen).to(device)
 
     q = randn(3, 4, D).to(BF16)
-    k, v = (randn(6, 16, 2, D).to(append_cases.FP8) for _ in range(2))
+    k, v = (randn(6, 16, 2, D).to(FP8) for _ in range(2))
     starts, lengths = (
         torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 3], [20, 40])
     )

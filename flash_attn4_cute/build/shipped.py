@@ -97,6 +97,7 @@ _COMMON: dict[str, Any] = {
 PACKED = ((DENSE, DENSE, None), (VARLEN, VARLEN, None))
 FEW, SPLIT = (1, 8), (1, 8)  # up to 16 packed rows, and more: both row tiles of the decode kernel
 SINK = (("has_sink", True), ("sink_dtype", BF16))
+FP8_CACHE = (("fp8_kv", True), ("has_k_descale", True), ("has_v_descale", True))
 SHIPPED: tuple[Calls, ...] = (
     Calls(
         what="prefill, dense and packed",
@@ -182,6 +183,22 @@ SHIPPED: tuple[Calls, ...] = (
         masks=(CAUSAL, WINDOW),
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
         fixed=SINK,
+    ),
+    Calls(
+        what="chunked prefill, packed, from pages of 16 or of 64 n of e4m3 with factors",
+        dims=((128, 128),),
+        masks=(CAUSAL,),
+        layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
+        fixed=FP8_CACHE,
+    ),
+    Calls(
+        what="decoding and short chunks from pages of 16 of e4m3 with factors, packed, any splits",
+        dims=((128, 128),),
+        masks=ANY,
+        layouts=((VARLEN, PAGED, 16),),
+        queries=FEW,
+        splits=SPLIT,
+        fixed=FP8_CACHE,
     ),
     Calls(
         what="decoding and short chunks from pages of 16 (packed) or of 64 n, any splits",

@@ -10,10 +10,11 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, const_expr
+from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp
 
 from ..arguments import ForwardArgs
+from ..common.descale import scale_and_factor
 from ..common.dropout import Dropout
 from ..common.fragments import as_operand_a, rows_and_columns, tile_of
 from ..common.key_blocks import KeyBlocks
@@ -36,6 +37,11 @@ class WarpMma:
     cfg: Constexpr[TileConfig]
     dtype: Constexpr[type[cutlass.Numeric]]
     lane: Int32
+
+    epilogue = Epilogue  # what stores O in the order of columns that falls out
+
+    def prepare(self, queries: QueryRows):
+        """Bring the rows that have been fetched into the order of K's columns: they are."""
 
     def tiled_mma(self) -> cute.TiledMma:
         op = warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16))
@@ -63,6 +69,13 @@ class WarpMma:
         tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
         rQ = copy_Q.retile(tSrQ)
         cute.copy(copy_Q, tSsQ[None, None, step], rQ[None, None, step])
+
+    @cute.jit
+    def hold_queries(self, tSrQ: cute.Tensor, sQ: cute.Tensor, has_keys: Boolean):
+        """Bring all of Q into its registers, if the warp has any keys."""
+        if has_keys:
+            for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
+                self.load_queries(tSrQ, sQ, k)
 
     @cute.jit
     def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
@@ -203,6 +216,7 @@ class ComputeRole:
     sVt: cute.Tensor
     kv_ring: Any
     scheduler: TileScheduler
+    products: Constexpr[type[WarpMma]] = WarpMma
 
     @cute.jit
     def run(self, args: ForwardArgs):
@@ -225,7 +239,7 @@ class ComputeRole:
         cfg = self.cfg
         lane = cute.arch.lane_idx()
         warp_rows = cute.arch.make_warp_uniform(cute.arch.warp_idx()) * cfg.rows_per_warp
-        mma = WarpMma(cfg, self.dtype, lane)
+        mma = self.products(cfg, self.dtype, lane)
         acc_S = mma.accumulator(cfg.block_n)
         acc_O = mma.accumulator(cfg.head_dim_v)
         acc_S_mn, acc_O_mn = rows_and_columns(acc_S), rows_and_columns(acc_O)
@@ -254,15 +268,14 @@ class ComputeRole:
             steps = ScoreSteps.of(self.score, mask_mod, args, work, seqlen)
             heads = self.scheduler.num_heads.divisor
             dropout = Dropout.of(self.score.dropout, args, work, heads, lane)
-            softmax = OnlineSoftmax.start(args.softmax_scale, cute.size(acc_S_mn, mode=[0]))
+            scale, factor = scale_and_factor(args, self.score.scaled, work)
+            softmax = OnlineSoftmax.start(scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
             queries.wait()
+            mma.prepare(queries)
             tSrQ = mma.query_fragment(self.sQ)
-            # A warp without keys may have no rows either, and then nothing was fetched.
-            if const_expr(cfg.q_in_registers):  # noqa: SIM102
-                if warp_lo < warp_hi:
-                    for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
-                        mma.load_queries(tSrQ, self.sQ, k)
+            if const_expr(cfg.q_in_registers):
+                mma.hold_queries(tSrQ, self.sQ, warp_lo < warp_hi)
             for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                 kv_ring.wait_and_advance().release()
             for i in cutlass.range(warp_hi - warp_lo, unroll=1):
@@ -270,6 +283,8 @@ class ComputeRole:
                 slot = kv_ring.wait_and_advance()
                 mma.scores(acc_S, tSrQ, self.sQ, self.sKV[None, None, slot.index])
                 slot.release()
+                if const_expr(factor is not None):
+                    acc_S.store(acc_S.load() * factor)
                 if const_expr(steps.any):
                     places = mma.score_coordinates(reread(lane))
                     steps.apply(acc_S_mn, places, row, n_block * cfg.block_n)
@@ -297,7 +312,8 @@ class ComputeRole:
             cute.arch.sync_warp()
             if following < self.scheduler.num_tiles():
                 queries.fetch(args, self.scheduler.tile(following), reread(lane))
-            Epilogue(cfg, self.dtype, reread(lane)).run(args, work, row, softmax, acc_O)
+            epilogue = mma.epilogue(cfg, self.dtype, reread(lane))
+            epilogue.run(args, work, row, softmax, acc_O)
         elif following < self.scheduler.num_tiles():
             queries.fetch(args, self.scheduler.tile(following), lane)
         return kv_ring

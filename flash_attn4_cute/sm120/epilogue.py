@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
+from ..common.descale import with_v_descale
 from ..common.fragments import rows_and_columns
 from ..common.scheduler import WorkTile
 from ..common.seqlen import SeqlenInfo
@@ -49,6 +50,7 @@ class Epilogue:
             sink = args.score.mSink[work.head].to(cutlass.Float32)
         if const_expr(args.score is not None and args.score.mDropoutState is not None):
             keep_scale = args.score.keep_scale
+        keep_scale = with_v_descale(args, work, keep_scale)
         softmax.finish(rows_and_columns(acc_O), lse, sink, keep_scale)
         self._store_lse(args, work, seqlen.offset_q + row, num_rows, lse)
         mO = self._own(args, args.mO, work)

@@ -29,7 +29,8 @@ from ..common.kv import KvTile
 from ..common.scheduler import SplitScheduler, TileScheduler
 from ..common.tma import TmaOperand, rows_first, smem_layout
 from ..tiles import TileConfig
-from .compute import ComputeRole
+from .compute import ComputeRole, WarpMma
+from .forward_fp8 import Fp8WarpMma
 from .load import LoadRole, PagedLoadRole, PagedOperand
 
 
@@ -41,7 +42,7 @@ class ForwardSm120:
         self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
         self.tile = None  # of keys in pages
         if cfg.box_n is not None:
-            shape = (cfg.block_n, cfg.head_dim, cfg.swizzle_elements, cfg.box_n)
+            shape = (cfg.block_n, cfg.kv_columns, cfg.kv_swizzle_elements, cfg.box_n)
             # The load warp has 24 registers, and products take far longer than issuing copies.
             self.tile = KvTile(dtype, *shape, boxes_unrolled=1, box_by_box=False)
 
@@ -56,8 +57,8 @@ class ForwardSm120:
             Int32(cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2])),
             Int32(num_batch),
         )
-        k_atom, k_tensor = self.tma_load(mK, self.cfg.block_n)
-        v_atom, v_tensor = self.tma_load(mV, self.cfg.block_n)
+        k_atom, k_tensor = self.tma_load(mK)
+        v_atom, v_tensor = self.tma_load(mV)
         tma = ((k_atom, k_tensor), (v_atom, v_tensor))
         if const_expr(args.mWorkspace is None):
             self.launch(args, tma, TileScheduler.of(*sizes), stream)
@@ -77,22 +78,22 @@ class ForwardSm120:
             min_blocks_per_mp=1,
         )
 
-    def smem_layout(self, rows: int, stages: int) -> cute.ComposedLayout:
-        """(rows, d, stages) as `ldmatrix` reads it."""
-        return smem_layout(rows, self.cfg.head_dim, stages, self.cfg.swizzle_elements)
+    def kv_layout(self, stages: int) -> cute.ComposedLayout:
+        """(keys, columns, stages) as `ldmatrix` reads it."""
+        cfg = self.cfg
+        return smem_layout(cfg.block_n, cfg.kv_columns, stages, cfg.kv_swizzle_elements)
 
-    def tma_load(self, mX: cute.Tensor, rows: int):
-        """The copy atom and TMA tensor that load (rows, d) blocks of mX, or boxes of its pages.
+    def tma_load(self, mX: cute.Tensor):
+        """The copy atom and TMA tensor that load blocks of mX, or boxes of its pages.
 
         Columns that mX does not have become zero: they add nothing to Q K^T, and those of O are
         not stored.
         """
         if self.tile is not None:
             return self.tile.tma_load(mX)
-        layout = cute.slice_(self.smem_layout(rows, 1), (None, None, 0))
-        return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(), mX, layout, (rows, self.cfg.head_dim)
-        )
+        layout = cute.slice_(self.kv_layout(1), (None, None, 0))
+        block = (self.cfg.block_n, self.cfg.kv_columns)
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), mX, layout, block)
 
     def operand(self, tma, sKV: cute.Tensor):
         """Where blocks of K or V come from, and where they land."""
@@ -101,15 +102,15 @@ class ForwardSm120:
         boxes = cute.make_tensor(sKV.iterator, self.tile.box_layout(self.cfg.kv_stages))
         return PagedOperand(self.tile, tma[0], tma[1], boxes)
 
-    def make_ring(self, barriers: cute.Pointer, stages: int, rows: int):
-        """A ring filled by TMA with blocks of `rows` rows and emptied by the compute warps."""
+    def make_ring(self, barriers: cute.Pointer):
+        """The ring of K and V blocks, filled by TMA and emptied by the compute warps."""
         return pipeline.PipelineTmaAsync.create(
-            num_stages=stages,
+            num_stages=self.cfg.kv_stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(
                 pipeline.Agent.Thread, self.cfg.num_compute_warps
             ),
-            tx_count=rows * self.cfg.head_dim * self.dtype.width // 8,
+            tx_count=self.cfg.block_n * self.cfg.kv_columns * self.dtype.width // 8,
             barrier_storage=barriers,
             cta_layout_vmnk=cute.make_layout((1, 1, 1, 1)),
         ).make_participants()
@@ -119,11 +120,12 @@ class ForwardSm120:
         cfg = self.cfg
         smem = cutlass.memory.SmemAllocator()
         kv_barriers = smem.allocate_array(cutlass.Int64, 2 * cfg.kv_stages)
-        q_layout = self.smem_layout(cfg.rows_per_warp, cfg.num_compute_warps)
+        q_shape = (cfg.rows_per_warp, cfg.head_dim, cfg.num_compute_warps)
+        q_layout = smem_layout(*q_shape, cfg.swizzle_elements)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, 1024, swizzle=q_layout.inner)
-        kv_layout = self.smem_layout(cfg.block_n, cfg.kv_stages)
+        kv_layout = self.kv_layout(cfg.kv_stages)
         sKV = smem.allocate_tensor(self.dtype, kv_layout.outer, 1024, swizzle=kv_layout.inner)
-        kv_producer, kv_consumer = self.make_ring(kv_barriers, cfg.kv_stages, cfg.block_n)
+        kv_producer, kv_consumer = self.make_ring(kv_barriers)
 
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp >= cfg.num_compute_warps:
@@ -143,7 +145,7 @@ class ForwardSm120:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.compute)
             sVt = cute.make_tensor(sKV.iterator, cute.select(sKV.layout, mode=[1, 0, 2]))
-            sVt = cute.local_tile(sVt, (cfg.head_dim_v, cfg.block_n, cfg.kv_stages), (0, 0, 0))
+            sVt = cute.local_tile(sVt, (cfg.kv_columns_v, cfg.block_n, cfg.kv_stages), (0, 0, 0))
             guard_v = args.mCuSeqlensK is not None or args.mSeqUsedK is not None
             ComputeRole(
                 cfg,
@@ -156,4 +158,5 @@ class ForwardSm120:
                 sVt,
                 kv_consumer,
                 scheduler,
+                WarpMma if cfg.kv_bytes == 2 else Fp8WarpMma,
             ).run(args)

@@ -80,6 +80,29 @@ class QueryRows:
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_warp()
 
+    @cute.jit
+    def interleave(self, lane: Int32):
+        """Put the pairs 0, 2, 4, 6, 1, 3, 5, 7 of every 16 columns one after the other.
+
+        `ldmatrix` then brings to a lane the four columns that neighbour each other in K.
+        """
+        rows, pair = self.cfg.rows_per_warp, 2 * CHUNK
+        at_once = WARP_SIZE // rows
+        for i in cutlass.range_constexpr(0, self.cfg.head_dim // pair, at_once):
+            place = (lane % rows, i + lane // rows)
+            both = cute.local_tile(self.sQ, (1, pair), place)
+            before, after = (cute.make_rmem_tensor((CHUNK, 2), self.sQ.element_type) for _ in "ab")
+            for half in cutlass.range_constexpr(2):
+                source = as_vector(cute.local_tile(both, (1, CHUNK), (0, half)))
+                cute.autovec_copy(source, before[None, half])
+            words, ordered = (cute.recast_tensor(x, Int32) for x in (before, after))
+            for word in cutlass.range_constexpr(CHUNK):
+                ordered[word // 2 + CHUNK // 2 * (word % 2)] = words[word]
+            for half in cutlass.range_constexpr(2):
+                target = as_vector(cute.local_tile(both, (1, CHUNK), (0, half)))
+                cute.autovec_copy(after[None, half], target)
+        cute.arch.sync_warp()
+
 
 def as_vector(tile: cute.Tensor) -> cute.Tensor:
     """View the 16 bytes of one copy as a vector."""

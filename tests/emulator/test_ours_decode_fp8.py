@@ -11,11 +11,11 @@ FP8 = torch.float8_e4m3fn
 LENGTHS = (200, 0, 65, 1)
 
 
-def step(dtype, d, d_v, page_size=None):
-    """q of two tokens, caches with NaN behind their ends, lengths, factors; pages in any order."""
+def step(dtype, d, d_v, page_size=None, tokens=2):
+    """q of some tokens, caches with NaN behind their ends, lengths, factors; pages in any order."""
     gen = torch.Generator().manual_seed(0)
     batch, capacity, heads_kv = len(LENGTHS), 240, 2
-    q = torch.randn(batch, 2, 6, d, generator=gen).to(dtype)
+    q = torch.randn(batch, tokens, 6, d, generator=gen).to(dtype)
     caches = []
     for dim in (d, d_v):
         cache = 3 * torch.randn(batch, capacity, heads_kv, dim, generator=gen)
@@ -37,14 +37,16 @@ def step(dtype, d, d_v, page_size=None):
     return q, caches, options
 
 
-def assert_same(fa4, call, arch, schedules, **changes):
+def assert_same(fa4, call, arch, schedules, given=None, **changes):
+    """The cpu variant's answer; the kernel writes it to `given` if that is there."""
     q, caches, options = call
     options = options | changes
     expected, expected_lse = fa4.flash_attn_with_kvcache(q, *caches, **options)
     for schedule in schedules:
         with card(fa4, arch, schedule) as emulator:
-            out, lse = fa4.flash_attn_with_kvcache(q, *caches, **options)
+            out, lse = fa4.flash_attn_with_kvcache(q, *caches, out=given, **options)
         assert emulator.instructions
+        assert given is None or out is given
         largest = float(expected.abs().max())
         torch.testing.assert_close(out, expected, rtol=0, atol=2.0**-7 * largest)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)

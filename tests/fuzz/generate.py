@@ -121,6 +121,7 @@ def draw_kernel(rng: random.Random) -> Kernel:
         negative_scale=rarely(0.05),
         pack_gqa=rng.choice((True, False)) if rarely(0.3) else None,
         dropout=rarely(0.1) and layout != "paged_dense",
+        fp8=rarely(),
         **common,
     )
 
@@ -230,6 +231,7 @@ def plain_call(draw, kernel: Kernel, limits: Limits, num_heads, batch: int, seed
         dropout_p=draw(st.sampled_from((0.1, 0.5))) if kernel.dropout else 0.0,
         fill=draw(st.sampled_from(fills)),
         strides=strides,
+        fp8=kernel.fp8,
         return_lse=kernel.return_lse,
     )
 
@@ -255,7 +257,8 @@ def placements(kernel: Kernel) -> list[str]:
     """Where q, k and v of such a call may lie in memory; see inputs.PLACEMENTS."""
     found = list(ALIGNED_STRIDES if kernel.aligned else UNALIGNED_STRIDES)
     same_dims = kernel.d_v in (None, kernel.d)
-    if "packed_qkv" in found and (kernel.layout not in ("dense", "varlen") or not same_dims):
+    together = kernel.layout in ("dense", "varlen") and same_dims and not kernel.fp8
+    if "packed_qkv" in found and not together:
         found.remove("packed_qkv")
     # Sequences that share their tokens must be equally long, padding included.
     if "expanded_batch" in found and (kernel.layout != "dense" or kernel.used_k):
