@@ -10,13 +10,12 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Float32, Int32, const_expr
-from cutlass.cute.nvgpu import warp
+from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
 from ..common.descale import scale_and_factor
 from ..common.dropout import Dropout
-from ..common.fragments import as_operand_a, rows_and_columns, tile_of
+from ..common.fragments import rows_and_columns
 from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
 from ..common.scheduler import TileScheduler
@@ -24,152 +23,10 @@ from ..common.score import ScoreSteps
 from ..common.seqlen import SeqlenInfo
 from ..common.softmax import OnlineSoftmax
 from ..tiles import WARP_SIZE, TileConfig
-from .epilogue import Epilogue
+from .products import WarpMma
 from .query import QueryRows
 
 CLEAR_ELEMENTS = 8  # 16 bytes a store
-
-
-@dataclass(frozen=True)
-class WarpMma:
-    """The two matrix products of one warp, with operands fetched by `ldmatrix` just in time."""
-
-    cfg: Constexpr[TileConfig]
-    dtype: Constexpr[type[cutlass.Numeric]]
-    lane: Int32
-
-    epilogue = Epilogue  # what stores O in the order of columns that falls out
-
-    def prepare(self, queries: QueryRows):
-        """Bring the rows that have been fetched into the order of K's columns: they are."""
-
-    def tiled_mma(self) -> cute.TiledMma:
-        op = warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16))
-        return cute.make_tiled_mma(op, (1, 1, 1), permutation_mnk=(16, 16, 16))
-
-    def accumulator(self, columns: int) -> cute.Tensor:
-        shape = self.tiled_mma().partition_shape_C((self.cfg.rows_per_warp, columns))
-        return cute.make_rmem_tensor(shape, Float32)
-
-    def score_coordinates(self, lane: Int32) -> cute.Tensor:
-        """(row, column) inside the block of every score that the lane holds, as (rows, columns)."""
-        cS = cute.make_identity_tensor((self.cfg.rows_per_warp, self.cfg.block_n))
-        return rows_and_columns(self.tiled_mma().get_slice(lane).partition_C(cS))
-
-    def query_fragment(self, sQ: cute.Tensor) -> cute.Tensor:
-        """Registers for the A operand Q (rows, d), all k16 steps of it."""
-        thr_mma = self.tiled_mma().get_slice(self.lane)
-        return thr_mma.make_fragment_A(thr_mma.partition_A(sQ))
-
-    @cute.jit
-    def load_queries(self, tSrQ: cute.Tensor, sQ: cute.Tensor, step: Constexpr[int]):
-        """Bring one k16 step of Q into its registers."""
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_Q = cute.make_tiled_copy_A(atom, self.tiled_mma())
-        tSsQ = copy_Q.get_slice(self.lane).partition_S(sQ)
-        rQ = copy_Q.retile(tSrQ)
-        cute.copy(copy_Q, tSsQ[None, None, step], rQ[None, None, step])
-
-    @cute.jit
-    def hold_queries(self, tSrQ: cute.Tensor, sQ: cute.Tensor, has_keys: Boolean):
-        """Bring all of Q into its registers, if the warp has any keys."""
-        if has_keys:
-            for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
-                self.load_queries(tSrQ, sQ, k)
-
-    @cute.jit
-    def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sQ: cute.Tensor, sK: cute.Tensor):
-        """acc_S = Q K^T, Q (rows, d) and K (block_n, d) both with d contiguous."""
-        tiled_mma = self.tiled_mma()
-        thr_mma = tiled_mma.get_slice(self.lane)
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
-        tSsK = copy_K.get_slice(self.lane).partition_S(sK)
-        tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
-        rK = copy_K.retile(tSrK)
-        # One ldmatrix.x4 brings a pair of n8 tiles of K. Each is issued one product ahead of its
-        # use, or the tensor core would wait for it every time.
-        pairs_K = cute.logical_divide(tSrK, (None, 2, None))
-        pairs_S = cute.logical_divide(acc_S, (None, None, 2))
-        acc_S.fill(0.0)
-        fetch_Q = not self.cfg.q_in_registers
-        num_pairs, num_steps = cute.size(rK, mode=[1]), cute.size(tSrQ, mode=[2])
-        if const_expr(fetch_Q):
-            self.load_queries(tSrQ, sQ, 0)
-        cute.copy(copy_K, tSsK[None, 0, 0], rK[None, 0, 0])
-        for unit in cutlass.range_constexpr(num_pairs * num_steps):
-            k, j = unit // num_pairs, unit % num_pairs
-            next_k, next_j = (unit + 1) // num_pairs, (unit + 1) % num_pairs
-            if const_expr(next_k < num_steps):
-                if const_expr(next_j == 0 and fetch_Q):
-                    self.load_queries(tSrQ, sQ, next_k)
-                cute.copy(copy_K, tSsK[None, next_j, next_k], rK[None, next_j, next_k])
-            acc = pairs_S[None, None, (None, j)]
-            cute.gemm(tiled_mma, acc, tSrQ[None, None, k], pairs_K[None, (None, j), k], acc)
-
-    @cute.jit
-    def accumulate(
-        self,
-        acc_O: cute.Tensor,
-        acc_S: cute.Tensor,
-        softmax: OnlineSoftmax,
-        sVt: cute.Tensor,
-        dropout: Dropout,
-        corner: tuple,
-    ):
-        """acc_O += P V, P = exponentials of acc_S, V^T (d_v, block_n) read by `ldmatrix.trans`.
-
-        `corner` is the (row, key) of P's first element, for dropout. The exponentials of one k16
-        step are issued among the products of the step before it, a tile at a time, so that the two
-        units work at the same time.
-        """
-        tiled_mma = self.tiled_mma()
-        thr_mma = tiled_mma.get_slice(self.lane)
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(True, 4), self.dtype)
-        copy_V = cute.make_tiled_copy_B(atom, tiled_mma)
-        tOsV = copy_V.get_slice(self.lane).partition_S(sVt)
-        tOrV = thr_mma.make_fragment_B(thr_mma.partition_B(sVt))
-        rV = copy_V.retile(tOrV)
-        pairs_V = cute.logical_divide(tOrV, (None, 2, None))
-        pairs_O = cute.logical_divide(acc_O, (None, None, 2))
-        rP = cute.make_fragment_like(acc_S, self.dtype)
-        steps_P = cute.logical_divide(rP, (None, None, 2))
-        num_pairs, num_steps = cute.size(rV, mode=[1]), cute.size(tOrV, mode=[2])
-        # The m16n8 tiles of one k16 step of P.
-        tiles = [(m, n) for n in range(2) for m in range(cute.size(acc_S, mode=[1]))]
-        cute.copy(copy_V, tOsV[None, 0, 0], rV[None, 0, 0])
-        for m, n in tiles:
-            self.probabilities(rP, acc_S, (m, n), softmax, dropout, corner)
-        for k in cutlass.range_constexpr(num_steps):
-            tOrP = as_operand_a(steps_P[None, None, (None, k)])[None, None, 0]
-            for j in cutlass.range_constexpr(num_pairs):
-                if const_expr(k * num_pairs + j + 1 < num_steps * num_pairs):
-                    next_k, next_j = (k, j + 1) if j + 1 < num_pairs else (k + 1, 0)
-                    cute.copy(copy_V, tOsV[None, next_j, next_k], rV[None, next_j, next_k])
-                acc = pairs_O[None, None, (None, j)]
-                cute.gemm(tiled_mma, acc, tOrP, pairs_V[None, (None, j), k], acc)
-                for i in cutlass.range_constexpr(len(tiles)):
-                    if const_expr(k + 1 < num_steps and i * num_pairs // len(tiles) == j):
-                        at = (tiles[i][0], tiles[i][1] + 2 * (k + 1))
-                        self.probabilities(rP, acc_S, at, softmax, dropout, corner)
-
-    @cute.jit
-    def probabilities(
-        self,
-        rP: cute.Tensor,
-        acc_S: cute.Tensor,
-        at: tuple,
-        softmax: OnlineSoftmax,
-        dropout: Dropout,
-        corner: tuple,
-    ):
-        """P of one m16n8 tile, the one `at` (m, n)."""
-        m, n = at
-        tile_S = tile_of(acc_S, m, n)
-        softmax.exponentials(rows_and_columns(tile_S), 2 * m)
-        if const_expr(dropout.present):
-            dropout.apply(rows_and_columns(tile_S), corner[0] + 16 * m, corner[1] + 8 * n)
-        tile_of(rP, m, n).store(tile_S.load().to(self.dtype))
 
 
 @cute.jit

@@ -10,7 +10,6 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, const_expr
-from cutlass.cute.nvgpu import warp
 
 from ..common.fragments import as_operand_a, rows_and_columns
 from ..common.scheduler import WorkTile
@@ -20,22 +19,15 @@ from ..decode_arguments import DecodeArgs
 from ..decode_tiles import M_ATOM, DecodeConfig
 from .compute import clear_rows
 from .decode_work import DecodeWork
+from .products import MmaSync
 
 STEPS_AHEAD = 8  # k16 steps of K that are fetched before their product
 ROWS_APART = 8  # a thread of mma.m16n8 holds rows that lie so far apart
 
 
 @dataclass(frozen=True)
-class SliceMma:
+class SliceMma(MmaSync):
     """The two matrix products of one warp over its slice of keys; Q stays in registers."""
-
-    cfg: Constexpr[DecodeConfig]
-    dtype: Constexpr[type[cutlass.Numeric]]
-    lane: Int32
-
-    def tiled_mma(self) -> cute.TiledMma:
-        op = warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, 16))
-        return cute.make_tiled_mma(op, (1, 1, 1), permutation_mnk=(16, 16, 16))
 
     def accumulator(self, columns: int) -> cute.Tensor:
         shape = self.tiled_mma().partition_shape_C((self.cfg.rows, columns))
@@ -80,12 +72,7 @@ class SliceMma:
     def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sK: cute.Tensor):
         """acc_S = Q K^T for K (keys, d) with d contiguous."""
         tiled_mma = self.tiled_mma()
-        thr_mma = tiled_mma.get_slice(self.lane)
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
-        tSsK = copy_K.get_slice(self.lane).partition_S(sK)
-        tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
-        rK = copy_K.retile(tSrK)
+        copy_K, tSsK, rK, tSrK = self.operand_b(sK, False)
         acc_S.fill(0.0)
         num_steps = cute.size(tSrQ, mode=[2])
         for k in cutlass.range_constexpr(min(STEPS_AHEAD, num_steps)):
@@ -100,12 +87,7 @@ class SliceMma:
     def accumulate(self, acc_O: cute.Tensor, acc_P: cute.Tensor, sVt: cute.Tensor):
         """acc_O += P V with V^T (d, keys) read by `ldmatrix.trans`."""
         tiled_mma = self.tiled_mma()
-        thr_mma = tiled_mma.get_slice(self.lane)
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(True, 4), self.dtype)
-        copy_V = cute.make_tiled_copy_B(atom, tiled_mma)
-        tOsV = copy_V.get_slice(self.lane).partition_S(sVt)
-        tOrV = thr_mma.make_fragment_B(thr_mma.partition_B(sVt))
-        rV = copy_V.retile(tOrV)
+        copy_V, tOsV, rV, tOrV = self.operand_b(sVt, True)
         rP = cute.make_fragment_like(acc_P, self.dtype)
         rP.store(acc_P.load().to(self.dtype))
         tOrP = as_operand_a(rP)

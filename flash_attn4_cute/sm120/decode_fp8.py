@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float8E4M3FN, Float32
-from cutlass.cute.nvgpu import warp
 
 from ..common.fragments import as_operand_a
 from .decode_compute import SliceMma
@@ -37,12 +36,8 @@ class Fp8SliceMma(SliceMma):
     def scores(self, acc_S: cute.Tensor, tSrQ: cute.Tensor, sK: cute.Tensor):
         """acc_S = Q K^T for K (keys, d / 2)."""
         tiled_mma = self.tiled_mma()
-        thr_mma = tiled_mma.get_slice(self.lane)
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
-        copy_K = cute.make_tiled_copy_B(atom, tiled_mma)
-        tSsK = copy_K.get_slice(self.lane).partition_S(sK)
-        tSrK = thr_mma.make_fragment_B(thr_mma.partition_B(sK))
-        cute.copy(copy_K, tSsK, copy_K.retile(tSrK))
+        copy_K, tSsK, to_fill, tSrK = self.operand_b(sK, False)
+        cute.copy(copy_K, tSsK, to_fill)
         acc_S.fill(0.0)
         tiles = cute.size(tSrK, mode=[1])
         for k in cutlass.range_constexpr(cute.size(tSrQ, mode=[2])):
@@ -57,15 +52,11 @@ class Fp8SliceMma(SliceMma):
     def accumulate(self, acc_O: cute.Tensor, acc_P: cute.Tensor, sVt: cute.Tensor):
         """acc_O += P V with V^T (d / 2, keys); even and odd columns of 16 in tiles of their own."""
         tiled_mma = self.tiled_mma()
-        thr_mma = tiled_mma.get_slice(self.lane)
-        atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(True, 4), self.dtype)
-        copy_V = cute.make_tiled_copy_B(atom, tiled_mma)
-        tOsV = copy_V.get_slice(self.lane).partition_S(sVt)
-        tOrV = thr_mma.make_fragment_B(thr_mma.partition_B(sVt))
+        copy_V, tOsV, to_fill, tOrV = self.operand_b(sVt, True)
         rP = cute.make_fragment_like(acc_P, self.dtype)
         rP.store(acc_P.load().to(self.dtype))
         tOrP = as_operand_a(rP)
-        cute.copy(copy_V, tOsV, copy_V.retile(tOrV))
+        cute.copy(copy_V, tOsV, to_fill)
         pairs_O = cute.logical_divide(acc_O, (None, None, 2))
         for k in cutlass.range_constexpr(cute.size(tOrP, mode=[2])):
             for n in cutlass.range_constexpr(cute.size(tOrV, mode=[1])):

@@ -29,9 +29,10 @@ from ..common.kv import KvTile
 from ..common.scheduler import SplitScheduler, TileScheduler
 from ..common.tma import TmaOperand, rows_first, smem_layout
 from ..tiles import TileConfig
-from .compute import ComputeRole, WarpMma
+from .compute import ComputeRole
 from .forward_fp8 import Fp8WarpMma
 from .load import LoadRole, PagedLoadRole, PagedOperand
+from .products import WarpMma
 
 
 class ForwardSm120:
