@@ -44,11 +44,11 @@ def start_sums(start: Float32) -> list:
     return [(start, zero), (zero, zero), (zero, zero), (zero, zero)]
 
 
-def add_to_sums(sums: list, row: cute.Tensor) -> list:
-    """The chains after 8 n more values."""
+def add_to_sums(sums: list, row: cute.Tensor, first_pair: int) -> list:
+    """The chains after the values of some more pairs of columns."""
     sums = list(sums)
     for i in range(0, cute.size(row), 2):
-        chain = i // 2 % len(sums)
+        chain = (first_pair + i // 2) % len(sums)
         sums[chain] = cute.arch.add_packed_f32x2(sums[chain], (row[i], row[i + 1]))
     return sums
 

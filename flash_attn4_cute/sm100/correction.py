@@ -46,7 +46,7 @@ class CorrectionRole:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % WARPS_PER_GROUP
         thread = warp * WARP_SIZE + cute.arch.lane_idx()
         # Bit i: the phase of Q tile i.
-        factor_phases, tile_phase = Int32(0), Int32(0)
+        factor_phases, o_phases, tile_phase = Int32(0), Int32(0), Int32(0)
         for tile in cutlass.range_constexpr(self.cfg.q_tiles):
             self.give_o(tile)
         turn = Int32(0)
@@ -56,14 +56,18 @@ class CorrectionRole:
                 for i in cutlass.range(1, work.num_blocks, unroll=1):
                     for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                         if i > work.first_block(tile):
-                            # This block's scores were issued behind the last P V: it is done.
                             rings.factor.wait_full(tile, factor_phases >> tile & 1)
                             factor_phases ^= 1 << tile
+                            # Else this block's scores were issued behind the last P V: it is done.
+                            if const_expr(self.cfg.p_apart):
+                                rings.o.wait_full(tile, o_phases >> tile & 1)
+                                o_phases ^= 1 << tile
                             self.rescale(tile, tile, thread)
                             self.give_o(tile)
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     total, m = self.take_statistics(tile, thread, tile_phase)
-                    rings.o.wait_full(tile, tile_phase)
+                    rings.o.wait_full(tile, o_phases >> tile & 1)
+                    o_phases ^= 1 << tile
                     fence_after_sync()
                     self.finish(args, (work, tile, tile), thread, total, m)
                 tile_phase ^= 1

@@ -62,7 +62,7 @@ class ForwardSm100:
     def __init__(self, dtype: type[cutlass.Numeric], cfg: TileConfig, rule, score):
         cfg.check()
         self.dtype, self.cfg, self.rule, self.score = dtype, cfg, rule, score
-        self.tmem = TmemMap.of(cfg.head_dim_v, cfg.q_tiles)
+        self.tmem = TmemMap.of(cfg)
         self.products = Products(dtype, cfg)
         self.rows = RowMap(cfg.group)
         chunk = swizzle_columns(cfg.head_dim)
@@ -189,7 +189,7 @@ class ForwardSm100:
             self.correction_role(statistics, output, sO, rings, queue).run(args)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.softmax)
-            SoftmaxRole(cfg, self.dtype, self.score, statistics, rings, queue).run(args)
+            self.softmax_role(statistics, rings, queue).run(args)
         for ring in rings.all():
             ring.check()
         pair.meet(cfg.ctas)
@@ -233,6 +233,11 @@ class ForwardSm100:
             rings,
             queue,
         )
+
+    def softmax_role(self, statistics: Statistics, rings: Rings, queue: WorkQueue) -> SoftmaxRole:
+        """The softmax role."""
+        cfg = self.cfg
+        return SoftmaxRole(cfg, self.dtype, self.score, self.tmem, statistics, rings, queue)
 
     def output_store(self, args: ForwardArgs, tma: tuple = ()) -> OutputStore | None:
         """How O is stored by TMA; `tma` is empty if it is not."""

@@ -4,6 +4,10 @@
 
 While the softmax of one tile works on its scores, the tensor core works for the other: also where
 one piece of work follows another (Q', K'), whose first scores come before the last P V is due.
+
+Where P has columns of its own, the next scores of a tile need not wait for P V, and come first:
+
+    Q0 K0  Q1 K0 | Q0 K1  P0 V0  Q1 K1  P1 V0 | ... | Q0' K0'  P0 Vn  Q1' K0'  P1 Vn | ...
 """
 
 from dataclasses import dataclass
@@ -50,21 +54,21 @@ class MmaRole:
                     kv = kv.next()
                 for tile in cutlass.range_constexpr(cfg.q_tiles):
                     bit, first = 1 << tile, work.first_block(tile)
+                    if const_expr(cfg.p_apart) and i >= first:
+                        # The scores before these, of whose P a product may be pending, are read.
+                        rings.s.wait_empty(tile, (p_phases ^ pending) >> tile & 1)
+                        fence_after_sync()
+                        self.issue_scores(tile, kv, q_phase, i == first, i == work.num_blocks - 1)
                     if pending & bit != 0:
                         rings.kv.wait_full(v.slot, v.phase)
                         self.issue_pv(tile, v.slot, p_phases >> tile & 1, adds >> tile & 1)
                         p_phases ^= bit
-                        if i == 0:
+                        if const_expr(cfg.p_apart) or i == 0:
                             self.tell_of_o(tile)
                         if const_expr(tile == cfg.q_tiles - 1):
                             self.free(rings.kv, v.slot)
-                    if i >= first:
-                        if i == first:
-                            rings.q.wait_full(tile, q_phase)
-                        rings.kv.wait_full(kv.slot, kv.phase)
-                        self.issue_qk(tile, kv.slot)
-                        if i == work.num_blocks - 1:
-                            self.free(rings.q, tile)
+                    if const_expr(not cfg.p_apart) and i >= first:
+                        self.issue_scores(tile, kv, q_phase, i == first, i == work.num_blocks - 1)
                     pending = pending | bit if i >= first else pending & ~bit
                     adds = adds | bit if i > first else adds & ~bit
                 self.free(rings.kv, kv.slot)
@@ -78,6 +82,16 @@ class MmaRole:
                 self.issue_pv(tile, kv.slot, p_phases >> tile & 1, adds >> tile & 1)
                 self.tell_of_o(tile)
             self.free(rings.kv, kv.slot)
+
+    @cute.jit
+    def issue_scores(self, tile: Constexpr[int], k: Cursor, q_phase: Int32, first, last):
+        """S of one Q tile and one block, the first and the last one to need the tile or not."""
+        if first:
+            self.rings.q.wait_full(tile, q_phase)
+        self.rings.kv.wait_full(k.slot, k.phase)
+        self.issue_qk(tile, k.slot)
+        if last:
+            self.free(self.rings.q, tile)
 
     @cute.jit
     def tell_of_o(self, tile: Constexpr[int]):

@@ -69,7 +69,7 @@ class MmaOneTileRole(MmaRole):
     def issue_block_qk(self, scores: Int32, slot: Int32):
         """S = Q K^T for the block of K in `slot`, into the slot `scores` of tensor memory."""
         cfg = self.products.cfg
-        target = (scores * BLOCK_N, self.products.instruction(BLOCK_N, False), cfg.ctas)
+        target = (self.tmem.s_at(scores), self.products.instruction(BLOCK_N, False), cfg.ctas)
         q, k = (self.q, self.lower_q(0, slot)), (self.k, self.k.lower(slot))
         with cute.arch.elect_one():
             multiply(target, q, k, range(cfg.head_dim // STEP), 0)
@@ -93,4 +93,4 @@ class MmaOneTileRole(MmaRole):
         target = (self.tmem.o[0], self.products.instruction(cfg.head_dim_v, True), cfg.ctas)
         v = (self.v, self.v.lower(slot))
         with cute.arch.elect_one():
-            multiply(target, scores * BLOCK_N, v, steps, accumulate)
+            multiply(target, self.tmem.p_at(scores), v, steps, accumulate)

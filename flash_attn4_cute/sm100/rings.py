@@ -163,7 +163,7 @@ class Rings:
 
         q       Load -> Mma                 a Q tile                        freed by Mma
         kv      Load or Gather -> Mma       a block of K or V               freed by Mma
-        s       Mma -> Softmax              S in tensor memory              -
+        s       Mma -> Softmax              S in tensor memory              - or Softmax
         p       Softmax, Correction -> Mma  first part of P, rescaled O     -
         p_tail  Softmax -> Mma              the rest of P                   -
         factor  Softmax -> Correction       what O must be multiplied with  -
@@ -179,6 +179,12 @@ class Rings:
     With one Q tile, the slots of s, p, p_tail and factor belong to its even and odd blocks. Then
     Q K^T of block i + 2 is issued behind P V of block i, and the same holds slot by slot. But S of
     a block no longer tells that the P V before it is done, so `o` tells of every one.
+
+    Where P has columns of its own, S is free once it is in registers, and Q K^T of a tile's block
+    i + 1 is issued before P V of its block i. Then `o` tells of every P V, too, and the softmax
+    waits for that of block i before it hands on anything of block i + 1: P V has read P, and
+    waited for the correction, which has read the factor. Whoever is behind with `o` of block i
+    has not arrived in `p` for block i + 1, so that it cannot run a phase ahead either.
     """
 
     q: Ring
@@ -195,11 +201,14 @@ class Rings:
         """Declare the rings and lay their barriers out in shared memory."""
 
         def ring(name: str, slots: int, full_by: str, to: str, empty_by: str = "") -> Ring:
+            def arrivals(by: str, at: str) -> Arrivals:
+                return Arrivals(cfg.roles, tuple(by.split()), cfg.ctas if at == "mma" else 1)
+
             return Ring(
                 name,
                 slots,
-                Arrivals(cfg.roles, tuple(full_by.split()), cfg.ctas if to == "mma" else 1),
-                Arrivals(cfg.roles, tuple(empty_by.split())),
+                arrivals(full_by, to),
+                arrivals(empty_by, full_by),
                 cfg.ctas,
                 smem.allocate_array(cutlass.Int64, slots * (2 if empty_by else 1)),
             )
@@ -209,7 +218,7 @@ class Rings:
         return Rings(
             q=ring("q", cfg.q_tiles, "load", "mma", "mma"),
             kv=ring("kv", cfg.kv_stages, bringer, "mma", "mma"),
-            s=ring("s", SCORE_SLOTS, "mma", "softmax"),
+            s=ring("s", SCORE_SLOTS, "mma", "softmax", "softmax" if cfg.p_apart else ""),
             p=ring("p", SCORE_SLOTS, "softmax correction", "mma"),
             p_tail=ring("p_tail", SCORE_SLOTS, "softmax", "mma"),
             factor=ring("factor", SCORE_SLOTS, "softmax", "correction"),

@@ -32,10 +32,19 @@ from .mma import HEAD_STEPS
 from .products import STEP
 from .rings import Rings
 from .tiles import BLOCK_N, WARP_SIZE, WARPS_PER_GROUP, TileConfig
-from .tmem import TmemRow, fence_after_sync, fence_before_sync, wait_loads, wait_stores
+from .tmem import (
+    TmemMap,
+    TmemRow,
+    fence_after_sync,
+    fence_before_sync,
+    wait_loads,
+    wait_stores,
+)
 from .work import WorkQueue
 
 CHUNK = 32  # columns of P that are stored at a time
+GROUP = 4  # columns that are worked on at a time
+LAG = 4  # groups by which sums and rounding follow the exponentials
 LOAD_WIDTH = 32  # columns of S an instruction
 
 
@@ -55,6 +64,7 @@ class SoftmaxRole:
     cfg: Constexpr[TileConfig]
     dtype: Constexpr[type[cutlass.Numeric]]
     score: Constexpr[Any]
+    tmem: Constexpr[TmemMap]
     statistics: Statistics
     rings: Rings
     queue: WorkQueue
@@ -93,10 +103,11 @@ class SoftmaxRole:
                     rings.s.wait_full(slot, s_phase)
                     fence_after_sync()
                     corner = (token, n_block * BLOCK_N)
-                    tStS = TmemRow(slot * BLOCK_N, BLOCK_N, thread)
+                    tStS = TmemRow(self.tmem.s_at(slot), BLOCK_N, thread)
                     masked = n_block < full_lo or n_block >= full_hi
                     if const_expr(steps.any or rule.block_sparse):
                         self.load_scores(rS, tStS, (work, work.last - i), steps, corner, masked)
+                        self.free_scores(slot)
                         m_new = row_max(rS, m)
                     else:
                         if masked:
@@ -107,12 +118,17 @@ class SoftmaxRole:
                             tStS.load(rS, LOAD_WIDTH)
                             largest = rS
                         wait_loads()
+                        self.free_scores(slot)
                         m_new = row_max(largest, m)
                     # -inf - -inf is NaN and compares false: a row without keys keeps m = -inf.
                     behind = (m_new - m) * scale_log2 > RESCALE_THRESHOLD
                     lag = (m - m_new) * scale_log2 if behind else 0.0
                     factor = cute.math.exp2(lag, fastmath=True)
                     m = m_new if behind else m
+                    if const_expr(self.cfg.p_apart):
+                        # P V of the block before: the first one finds it done.
+                        rings.o.wait_full(slot, s_phase ^ 1)
+                        fence_after_sync()
                     if i > first:
                         statistics.sFactor[thread, slot] = factor
                         # The correction may touch O: the products before these scores are done.
@@ -120,8 +136,9 @@ class SoftmaxRole:
                         rings.factor.arrive_full("softmax", slot)
                     # 2^((s - m) c) with s = m = -inf must be 0, not NaN.
                     shift = 0.0 if m == -Float32.inf else m * scale_log2
-                    scale_and_shift(rS, scale_log2, shift)
-                    total = self.store_p(rS, (slot, thread), total * factor, dropout, corner)
+                    total = self.store_p(
+                        rS, (slot, thread), (scale_log2, shift), total * factor, (dropout, corner)
+                    )
                     if const_expr(self.cfg.q_tiles == 1):
                         s_phase ^= slot
                         slot ^= 1
@@ -133,6 +150,13 @@ class SoftmaxRole:
                 rings.final.arrive_full("softmax", tile)
                 final_phase ^= 1
             turn += 1
+
+    @cute.jit
+    def free_scores(self, slot: Int32):
+        """S is in registers: where P goes elsewhere, the next scores may come."""
+        if const_expr(self.cfg.p_apart):
+            fence_before_sync()
+            self.rings.s.arrive_empty("softmax", slot)
 
     @cute.jit
     def load_scores(
@@ -151,34 +175,51 @@ class SoftmaxRole:
 
     @cute.jit
     def store_p(
-        self, rS: cute.Tensor, at: tuple, start: Float32, dropout: Dropout, corner: tuple
+        self, rS: cute.Tensor, at: tuple, exponent: tuple, start: Float32, kept: tuple
     ) -> Float32:
         """P = 2^rS to tensor memory, of which the tensor core may start on the first part early.
 
         Returns `start` plus the row sum, of the exponentials before they are rounded.
         """
         slot, thread = at
+        (scale_log2, shift), (dropout, corner) = exponent, kept
         sums = start_sums(start)
-        chunks = cute.logical_divide(rS, cute.make_layout(CHUNK))
-        for j in cutlass.range_constexpr(BLOCK_N // CHUNK):
-            row = chunks[None, j]
-            exp2_row(row, j * CHUNK // 2, self.cfg.emulated_pairs)
-            sums = add_to_sums(sums, row)
-            if const_expr(dropout.present):
-                dropout.apply_to_row(row, corner[0], corner[1] + j * CHUNK)
-            rP = cute.make_rmem_tensor(CHUNK, self.dtype)
-            rP.store(row.load().to(self.dtype))
-            packed = cute.recast_tensor(rP, Float32)
-            width = CHUNK // 2
-            TmemRow(slot * BLOCK_N + j * width, width, thread).store(packed, width)
-            if const_expr((j + 1) * CHUNK == HEAD_STEPS * STEP):
-                wait_stores()
-                fence_before_sync()
-                self.rings.p.arrive_full("softmax", slot)
-        wait_stores()
-        fence_before_sync()
-        self.rings.p_tail.arrive_full("softmax", slot)
+        groups = cute.logical_divide(rS, cute.make_layout(GROUP))
+        rP = cute.make_rmem_tensor(BLOCK_N, self.dtype)
+        rounded = cute.logical_divide(rP, cute.make_layout(GROUP))
+        # Sums and rounding follow some columns behind, so that the exponential unit never waits.
+        for j in cutlass.range_constexpr(BLOCK_N // GROUP + LAG):
+            if const_expr(j < BLOCK_N // GROUP):
+                scale_and_shift(groups[None, j], scale_log2, shift)
+                exp2_row(groups[None, j], j * GROUP // 2, self.cfg.emulated_pairs)
+            i = j - LAG
+            if const_expr(i >= 0):
+                row = groups[None, i]
+                sums = add_to_sums(sums, row, i * GROUP // 2)
+                if const_expr(dropout.present):
+                    dropout.apply_to_row(row, corner[0], corner[1] + i * GROUP)
+                rounded[None, i].store(row.load().to(self.dtype))
+                if const_expr((i + 1) * GROUP % CHUNK == 0):
+                    self.store_chunk(rP, (slot, thread), (i + 1) * GROUP)
         return total_of(sums)
+
+    @cute.jit
+    def store_chunk(self, rP: cute.Tensor, at: tuple, end: Constexpr[int]):
+        """The columns of P in front of `end` to tensor memory, and whoever waits for them."""
+        slot, thread = at
+        width = CHUNK // 2
+        first = end // 2 - width
+        packed = cute.recast_tensor(rP, Float32)
+        chunk = cute.make_tensor(packed.iterator + first, cute.make_layout(width))
+        TmemRow(self.tmem.p_at(slot) + first, width, thread).store(chunk, width)
+        if const_expr(end == HEAD_STEPS * STEP):
+            wait_stores()
+            fence_before_sync()
+            self.rings.p.arrive_full("softmax", slot)
+        if const_expr(end == BLOCK_N):
+            wait_stores()
+            fence_before_sync()
+            self.rings.p_tail.arrive_full("softmax", slot)
 
 
 @cute.jit

@@ -85,6 +85,9 @@ class TileConfig:
     `max_on_load`: `tcgen05.ld.red` returns the row maximum with the scores (sm_103). `stack_bytes`
     is the most that ptxas may spill a thread.
 
+    `p_apart`: P has columns of its own in tensor memory, so that the next scores need not wait for
+    the product that reads it.
+
     The plan adds what the table leaves open: `group` query heads of one key head share tiles (1:
     none do), and K and V lie in memory in pieces of `box_n` rows at least (None: in one piece).
     Pieces of fewer than `MIN_BOX_ROWS` are gathered by cp.async.
@@ -99,6 +102,7 @@ class TileConfig:
     registers: RegisterBudget = RegisterBudget(softmax=192, correction=80, other=48)
     ctas: int = 1
     q_tiles: int = 2
+    p_apart: bool = False
     group: int = 1
     box_n: int | None = None
 
@@ -193,6 +197,7 @@ class TileConfig:
         """Assert what the kernel takes for granted; a row that fails is our bug."""
         assert self.head_dim % 16 == 0 and self.v_columns % 16 == 0, "MMA steps of 16"
         assert self.ctas in (1, 2) and self.q_tiles in (1, 2)
+        assert not self.p_apart or self.q_tiles == 2, "one Q tile is a block ahead without"
         assert self.kv_stages >= 2, "V of a block is awaited while the next K is"
         assert 1 <= self.group <= BLOCK_M, "a tile holds whole tokens"
         assert self.k_rows % (self.box_n or self.k_rows) == 0, "a block is boxes"
@@ -246,6 +251,7 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
             3,
             stack_bytes=8,
             registers=RegisterBudget(softmax=200, correction=64, other=48),
+            p_apart=True,
         ),
         _row(96, 96, 3),
         # causal 1024, 1008, 1002; with 4 pairs: 1024, 778, 833 / 1024, 866, 1104
@@ -257,7 +263,7 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm103a": tuple(
         replace(row, max_on_load=True)
         for row in (
-            _row(64, 64, 0),
+            _row(64, 64, 0, p_apart=True),
             _row(96, 96, 0),
             _row(128, 128, 0),
             _row(192, 128, 0, stack_bytes=8),

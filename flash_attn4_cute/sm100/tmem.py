@@ -1,16 +1,19 @@
 """The map of tensor memory, and how a thread reads and writes its own row of it.
 
-    columns            0        128       256           256 + d_v      256 + 2 d_v
+    columns            0         128       256           256 + d_v      256 + 2 d_v
     two Q tiles        |  S0/P0  |  S1/P1  |     O0      |      O1      |
+    two, P apart       |   S0    |   S1    |     O0      |      O1      |  P0  |  P1  |
     one, d_v <= 256    |  S0/P0  |  S1/P1  |     O       |
     lanes              row i of a 128-row tile lives in lane i
 
 Two Q tiles have a slot for S each; one has two, for its even and its odd key blocks. In a pair of
 CTAs, each has such a map for its own rows.
 
-P, 16 bits an element, takes the first half of the columns of the S it comes from: a softmax thread
-holds its whole row of S in registers before it writes P, and the next Q K^T into these columns is
-issued behind the P V that reads them.
+P, 16 bits an element, takes half as many columns as S. As a rule they are the first of the S that
+it comes from: a softmax thread holds its whole row of S in registers before it writes P, and the
+next Q K^T into these columns is issued behind the P V that reads them. Where O leaves room, up to
+d_v 64, P has columns of its own (`TileConfig.p_apart`), and the next Q K^T follows as soon as S is
+in registers.
 """
 
 from dataclasses import dataclass
@@ -21,9 +24,11 @@ from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import dsl_user_op
 
-from .tiles import BLOCK_M, BLOCK_N, SCORE_SLOTS, TMEM_COLUMNS
+from .tiles import BLOCK_M, BLOCK_N, ELEMENT_BYTES, SCORE_SLOTS, TMEM_COLUMNS, TileConfig
 
 LANE = 1 << 16  # of an address: the lane above the column
+COLUMN_BYTES = 4  # of a lane
+P_COLUMNS = BLOCK_N * ELEMENT_BYTES // COLUMN_BYTES
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,25 @@ class TmemMap:
     end: int
 
     @staticmethod
-    def of(head_dim_v: int, q_tiles: int = 2) -> "TmemMap":
+    def of(cfg: TileConfig) -> "TmemMap":
         s = tuple(i * BLOCK_N for i in range(SCORE_SLOTS))
-        o = tuple(SCORE_SLOTS * BLOCK_N + i * head_dim_v for i in range(q_tiles))
-        found = TmemMap(s, s, o, o[-1] + head_dim_v)
+        end_s = SCORE_SLOTS * BLOCK_N
+        o = tuple(end_s + i * cfg.head_dim_v for i in range(cfg.q_tiles))
+        p, end = s, o[-1] + cfg.head_dim_v
+        if cfg.p_apart:
+            p = tuple(end + i * P_COLUMNS for i in range(SCORE_SLOTS))
+            end = p[-1] + P_COLUMNS
+        found = TmemMap(s, p, o, end)
         assert found.end <= TMEM_COLUMNS, f"{found} does not fit {TMEM_COLUMNS} columns"
         return found
+
+    def s_at(self, slot: Int32) -> Int32:
+        """First column of S of a slot that is known at run time."""
+        return self.s[0] + slot * (self.s[1] - self.s[0])
+
+    def p_at(self, slot: Int32) -> Int32:
+        """First column of P of a slot that is known at run time."""
+        return self.p[0] + slot * (self.p[1] - self.p[0])
 
 
 @dataclass(frozen=True)

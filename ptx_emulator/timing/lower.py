@@ -180,8 +180,8 @@ def _tcgen05(ins: Instruction, m: Machine) -> Op:
         return Op("tmem_load", "lsu", m["lsu"], m["tmem_latency"], amount=tmem_bytes(ins))
     if ins.mods[0] == "st":
         return Op("tmem_store", "lsu", m["lsu"], m["tmem_latency"], amount=tmem_bytes(ins))
-    if ins.mods[0] == "wait::st":
-        return Op("tmem_wait")
+    if ins.mods[0] in ("wait::ld", "wait::st"):
+        return Op("tmem_wait", amount=ins.mods[0] == "wait::ld")
     return Op("plain")
 
 

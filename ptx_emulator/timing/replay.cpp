@@ -66,7 +66,7 @@ struct Group {
 };
 struct Warp {
     int64_t at, end;
-    double next = 0, last = 0, stored = 0, product = 0, wgmma = 0, bulk = 0, copied = 0;
+    double next = 0, last = 0, stored = 0, loaded = 0, product = 0, wgmma = 0, bulk = 0, copied = 0;
     int64_t cluster = 0;
     std::vector<double> ready, wgmma_groups, bulk_groups, copy_groups;
     bool done = false;
@@ -213,10 +213,10 @@ struct Replay {
             s.tmem = from + op.amount / width;
             unit(sm_number, U_TMEM, from, s.tmem);
             if (op.kind == TMEM_STORE) warp.stored = s.tmem + m.tmem_latency;
-            else written(warp, op, s.tmem + m.tmem_latency);
+            else written(warp, op, warp.loaded = s.tmem + m.tmem_latency);
             return t;
         }
-        case TMEM_WAIT: return std::max(t, warp.stored);
+        case TMEM_WAIT: return std::max(t, op.amount ? warp.loaded : warp.stored);
         case WAIT: return wait(w, op, names, count, t);
         case ARRIVE:
             for (int64_t i = 0; i < count; i++)
