@@ -248,7 +248,7 @@ FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
         _row(
             64,
             64,
-            3,
+            2,
             stack_bytes=8,
             registers=RegisterBudget(softmax=200, correction=64, other=48),
             p_apart=True,
