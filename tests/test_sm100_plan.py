@@ -1,5 +1,7 @@
 """Which kernel the plan picks on a B200, and what it adds to the row of the table."""
 
+import importlib
+
 import pytest
 
 from tests.test_errors import card, gpu_problem  # noqa: F401 (a fixture)
@@ -77,3 +79,25 @@ def test_dropout_in_packed_tiles(fa4, card):  # noqa: F811
     assert chosen.key.family == "sm100" and chosen.key.cfg.group == 4
     with pytest.raises(NotImplementedError, match="dropout_p=0.1 .*pack_gqa"):
         card((12, 0)).make_plan(problem)
+
+
+@pytest.mark.parametrize("variant", ["sm100a", "sm103a"])
+def test_tensor_memory(fa4, variant):
+    """S, O and P where it is apart share no column; elsewhere P takes the first half of its S."""
+    package = f"{fa4.flash_attn4_cute.__name__}.sm100"
+    tiles = importlib.import_module(f"{package}.tiles")
+    tmem = importlib.import_module(f"{package}.tmem")
+    for row in (*tiles.FORWARD_ROWS[variant], *tiles.PAIR_ROWS[variant]):
+        found = tmem.TmemMap.of(row)
+        used = [range(s, s + 128) for s in found.s]
+        used += [range(o, o + row.head_dim_v) for o in found.o]
+        if row.p_apart:
+            used += [range(p, p + 64) for p in found.p]
+        else:
+            assert found.p == found.s
+        columns = [column for part in used for column in part]
+        assert len(columns) == len(set(columns)) and max(columns) < 512, row
+        assert [found.p_at(slot) for slot in (0, 1)] == list(found.p)
+        assert [found.s_at(slot) for slot in (0, 1)] == list(found.s)
+    apart = [row.head_dim for row in tiles.FORWARD_ROWS[variant] if row.p_apart]
+    assert apart == [64], "where there is room"

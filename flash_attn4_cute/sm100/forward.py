@@ -11,7 +11,8 @@
 One CTA computes two tiles of 128 query rows, of one head or of the heads of one key head (`rows`),
 which take turns: while the tensor core works for one, the softmax of the other runs. S, P and O
 live in tensor memory (`tmem`), Q and the ring of K and V blocks in shared memory. `rings` says who
-waits for whom, and why that is enough. If keys are split, the grid's second dimension counts
+waits for whom, and why that is enough: where P has columns of its own, the softmax also frees S,
+and waits for the end of P V (`o`). If keys are split, the grid's second dimension counts
 splits, O and LSE go to a workspace in float32, and `combine` merges them.
 
 Where O is too wide for two, a CTA has one Q tile, whose key blocks take turns, in roles of their

@@ -163,7 +163,7 @@ class Rings:
 
         q       Load -> Mma                 a Q tile                        freed by Mma
         kv      Load or Gather -> Mma       a block of K or V               freed by Mma
-        s       Mma -> Softmax              S in tensor memory              - or Softmax
+        s       Mma -> Softmax              S in tensor memory              - or, P apart, Softmax
         p       Softmax, Correction -> Mma  first part of P, rescaled O     -
         p_tail  Softmax -> Mma              the rest of P                   -
         factor  Softmax -> Correction       what O must be multiplied with  -
