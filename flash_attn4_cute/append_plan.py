@@ -11,7 +11,6 @@ from .arguments import AppendArgs
 from .cache_update import CacheUpdate
 from .checks import FP8
 from .device import supported_card
-from .launcher.kernel import Kernel
 from .problem import AttentionTensors, is_aligned
 
 VECTOR_BYTES = 16
@@ -83,15 +82,13 @@ def append_key(update: CacheUpdate, tensors: AttentionTensors) -> AppendKey:
     )
 
 
-def append(
-    update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool
-) -> tuple[Kernel, AppendArgs]:
+def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -> tuple:
     """Write the new tokens into tensors.k and tensors.v, then make `tensors` ask about the result.
 
     Sets tensors.seqused_k to a new tensor of the lengths after the update and, with rotary tables,
     tensors.q to the rotated queries: at cache_seqlens + i if `rotate_along`, else all at
     cache_seqlens. Everything happens on the device's current stream, without waiting for it.
-    Returns the kernel and its arguments.
+    Returns the kernel, its arguments and what it returned.
     """
     key = append_key(update, tensors)
     q, k, table = tensors.q, tensors.k, tensors.page_table
@@ -119,11 +116,11 @@ def append(
         capacity=k.shape[1] if table is None else table.shape[1] * k.shape[1],
     )
     kernel = compiler.compiled(key)
-    kernel(args)
+    launched = kernel, args, kernel(args)
     tensors.seqused_k = lengths
     if rotated is not None:
         tensors.q = rotated
-    return kernel, args
+    return launched
 
 
 def _vector(update: CacheUpdate, tensors: AttentionTensors, rotary_dim: int) -> int:

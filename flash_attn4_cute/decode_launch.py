@@ -1,7 +1,5 @@
 """Launches the decode kernel on the tensors of one call."""
 
-from typing import Any
-
 from . import compiler
 from .arguments import SMALLEST_SCALE
 from .decode_arguments import DecodeArgs
@@ -12,10 +10,10 @@ from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
 
 
-def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple[Any, Any]:
+def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple:
     """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names.
 
-    Returns the kernel and its arguments.
+    Returns the kernel, its arguments and what it returned.
     """
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
@@ -44,5 +42,4 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
         None if key.score == PLAIN else score_args(problem, tensors),
     )
     kernel = compiler.compiled(key)
-    kernel(args)
-    return kernel, args
+    return kernel, args, kernel(args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +25,10 @@ def check(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
     return make_plan(problem)
 
 
-def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Any, Any] | None:
+def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple | None:
     """Write `tensors.out` and, if present, `tensors.lse`, on the current stream of the device.
 
-    Returns the kernel and the arguments that it was called with, if one was.
+    Returns the kernel, the arguments that it was called with and what it returned, if it was.
 
     Raises:
         NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
@@ -53,7 +52,7 @@ def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Any, 
     return launched
 
 
-def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple[Any, Any]:
+def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple:
     key, out = plan.key, tensors.out
     assert isinstance(key, ForwardKey) and out is not None
     k, v = cache_views(problem, tensors)
@@ -83,8 +82,7 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         None if tensors.blocks is None else _block_args(problem, tensors.blocks, key),
     )
     kernel = compiler.compiled(key)
-    kernel(args)
-    return kernel, args
+    return kernel, args, kernel(args)
 
 
 def cache_views(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:

@@ -140,8 +140,9 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
     band = band_of(problem.mask)
     left, right = (band.left, band.right) if isinstance(band, Band) else (None, None)
     # A bound at or beyond the longest sequence hides nothing: clamp it, so that sums with row and
-    # key numbers stay far from 2^31.
+    # key numbers stay far from 2^31. Rounded up, a launch is the same while lengths grow by steps.
     longest = problem.seqlen_q + problem.seqlen_k
+    longest = max(longest, min(1 << longest.bit_length(), 1 << 30))
     shared: dict[str, Any] = {
         "window_left": longest if left is None else min(left, longest),
         "window_right": longest if right is None else min(right, longest),

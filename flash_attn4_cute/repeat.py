@@ -25,7 +25,7 @@ from .scheduler_metadata import SchedulerMetadata
 
 Others = tuple[Tensor | None, ...] | None
 New = tuple[Any, ...] | None  # the fields of CacheUpdate
-Launched = Sequence[tuple[Kernel, Any]]  # kernels and their arguments
+Launched = Sequence[tuple[Kernel, Any, ReadyCall]]  # kernels, their arguments, what came of it
 
 _NEW = ("k_new", "v_new", "cache_seqlens", "cu_seqlens_k_new", "rotary_cos", "rotary_sin")
 _NAMES = ("q", "k", "v", *OTHERS, *_NEW)
@@ -146,7 +146,7 @@ class Repeat:
 
     def _link(self, launched: Launched, begins: dict[str, int]) -> list[str]:
         """Find out which address of the list goes where; the names of the first of them."""
-        found = [_sources(*launch) for launch in launched]
+        found = [_sources(kernel, arguments) for kernel, arguments, _ in launched]
         if len(found) == 2:  # attention reads what was written before it
             written = {"seqused_k": "mSeqUsed", "q": "mQRotated"}
             written = {name: new for name, new in written.items() if new in begins}
@@ -158,8 +158,7 @@ class Repeat:
         where = {name: (i, 0) for i, name in enumerate(names)}
         where |= {name: (len(names), begin) for name, begin in begins.items()}
         self.steps: list[tuple[ReadyCall, Patches]] = []
-        for (kernel, arguments), sources in zip(launched, found, strict=True):
-            ready = kernel.ready((arguments,))
+        for (_, _, ready), sources in zip(launched, found, strict=True):
             pairs = [*(where[name] for name in sources), (stream, 0)]
             patches = [(at, pairs[n][0], pairs[n][1] + more) for at, n, more in ready.patches]
             self.steps.append((ready, tuple(patches)))
@@ -169,7 +168,7 @@ class Repeat:
     def of(
         problem: AttentionProblem, launched: Sequence[Any], results: tuple[bool, bool]
     ) -> Repeat | None:
-        """From the kernels of a call and their arguments; None if it cannot be repeated like that.
+        """From the launches of a call; None if it cannot be repeated like that.
 
         `launched` are, in order, what appended to a cache, if anything did, and the attention;
         `results` says whether the caller gave out and lse.
@@ -221,7 +220,7 @@ class Repeat:
 def _scratch(launched: Launched) -> tuple[int, dict[str, int]]:
     """Bytes of all that nobody sees, and where each part of it begins."""
     size, begins = 0, {}
-    for _, arguments in launched:
+    for _, arguments, _ in launched:
         for name in _SCRATCH:
             t = getattr(arguments, name, None)
             if t is not None:

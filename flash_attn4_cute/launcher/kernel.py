@@ -156,10 +156,12 @@ class Kernel:
         self._handles: dict[tuple[str, int], int] = {}
         self._ready: dict[tuple, ReadyCall] = {}
 
-    def __call__(self, arguments: Any) -> None:
-        """Launch on PyTorch's current stream of the tensors' device."""
+    def __call__(self, arguments: Any) -> ReadyCall:
+        """Launch on PyTorch's current stream of the tensors' device; the call, to be repeated."""
         addresses = [found.read((arguments,)) for found in self.pointer_inputs]
-        self.ready((arguments,)).launch(addresses)
+        ready = self.ready((arguments,))
+        ready.launch(addresses)
+        return ready
 
     def ready(self, arguments: tuple) -> ReadyCall:
         """The call with these arguments, worked out at the first one of its kind."""

@@ -289,6 +289,21 @@ def test_a_repeated_step_appends_before_it_attends(fa4, on_gpu, paged, rotary):
         assert len(changed) == len(steps[0]) + 2 + 3 + rotary
 
 
+def test_growing_maxima_are_one_launch(fa4, on_gpu):
+    """A serving engine without graphs passes another max_seqlen_k at each step."""
+    execute, _ = on_gpu
+    step = cache_step(0, paged=True, rotary=False)
+    starts = torch.arange(3, dtype=torch.int32)
+    for longest in (70, 71, 72, 90):
+        fa4._flash_attn_fwd(
+            step["q"][:, 0], step["k_cache"], step["v_cache"], cu_seqlens_q=starts,
+            seqused_k=step["cache_seqlens"], page_table=step["block_table"], max_seqlen_q=1,
+            max_seqlen_k=longest, causal=True, num_splits=2,
+        )  # fmt: skip
+    known = list(execute.repeats.values())
+    assert len(known) == 4 and len({id(ready) for x in known for ready, _ in x.steps}) == 1
+
+
 def test_operators_repeat_calls_and_pass_the_lse(fa4, on_gpu):
     """torch.compile hands out= and lse to an operator, which no option says is wanted."""
     execute, launches = on_gpu

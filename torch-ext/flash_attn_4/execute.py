@@ -114,7 +114,7 @@ def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: 
     combine_plan.merge(outs, lses, out, lse)
 
 
-_Forward = Callable[[AttentionProblem, AttentionTensors], tuple[Any, Any] | None]
+_Forward = Callable[[AttentionProblem, AttentionTensors], tuple | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ def _run(
     problem: AttentionProblem,
     tensors: AttentionTensors,
     forward: _Forward,
-) -> tuple[Any, Any] | None:
+) -> tuple | None:
     """Write the results, and return what was launched, if anything."""
     allocate(problem, tensors)
     assert tensors.out is not None
