@@ -21,7 +21,7 @@ from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
 from .sm100.pairing import in_pairs
 from .splits import MAX_SPLITS, choose_forward_splits
-from .tiles import FORWARD_ROWS, FP8_ROWS, TileConfig
+from .tiles import FORWARD_ROWS, FP8_ROWS, ROWS_OF_VARIANT, TileConfig
 
 UNBOUNDED = 2**31 - 1
 MAX_HEAD_DIM = 256
@@ -186,7 +186,7 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
 
 def forward_rows(variant: str) -> tuple[Any, ...]:
     """The tile configurations of a variant's own family, the narrowest first."""
-    return sm100_tiles.FORWARD_ROWS.get(variant, FORWARD_ROWS)
+    return sm100_tiles.FORWARD_ROWS.get(variant) or ROWS_OF_VARIANT.get(variant, FORWARD_ROWS)
 
 
 def row_for(variant: str, p: AttentionProblem) -> TileConfig | sm100_tiles.TileConfig | None:

@@ -25,6 +25,7 @@ from ..common.softmax import OnlineSoftmax
 from ..tiles import WARP_SIZE, TileConfig
 from .products import WarpMma
 from .query import QueryRows
+from .release import NONE, free, instead
 
 CLEAR_ELEMENTS = 8  # 16 bytes a store
 
@@ -135,11 +136,12 @@ class ComputeRole:
                 mma.hold_queries(tSrQ, self.sQ, warp_lo < warp_hi)
             for _ in cutlass.range(2 * (hi - warp_hi), unroll=1):
                 kv_ring.wait_and_advance().release()
+            held = Int32(NONE)
             for i in cutlass.range(warp_hi - warp_lo, unroll=1):
                 n_block = blocks.at(warp_hi - 1 - i)
                 slot = kv_ring.wait_and_advance()
+                held = instead(held, slot)
                 mma.scores(acc_S, tSrQ, self.sQ, self.sKV[None, None, slot.index])
-                slot.release()
                 if const_expr(factor is not None):
                     acc_S.store(acc_S.load() * factor)
                 if const_expr(steps.any):
@@ -154,6 +156,7 @@ class ComputeRole:
                     mask.apply(acc_S_mn, coord, row, n_block * cfg.block_n)
                 softmax.update(acc_S_mn, acc_O_mn)
                 slot = kv_ring.wait_and_advance()
+                held = instead(held, slot)
                 sVt = self.sVt[None, None, slot.index]
                 rows = seqlen.seqlen_k - n_block * cfg.block_n
                 # Two questions: one is answered at trace time, one at run time.
@@ -162,7 +165,7 @@ class ComputeRole:
                         clear_rows(self.sKV[None, None, slot.index], rows, lane)
                 corner = (row, n_block * cfg.block_n)
                 mma.accumulate(acc_O, acc_S, softmax, sVt, dropout, corner)
-                slot.release()
+            free(held)
             for _ in cutlass.range(2 * (warp_lo - lo), unroll=1):
                 kv_ring.wait_and_advance().release()
             # Nobody else reads these rows: the next tile's arrive while this one's are stored.

@@ -20,6 +20,7 @@ from ..decode_tiles import M_ATOM, DecodeConfig
 from .compute import clear_rows
 from .decode_work import DecodeWork
 from .products import MmaSync
+from .release import NONE, free, instead
 
 STEPS_AHEAD = 8  # k16 steps of K that are fetched before their product
 ROWS_APART = 8  # a thread of mma.m16n8 holds rows that lie so far apart
@@ -194,12 +195,13 @@ class DecodeComputeRole:
         bounds = RowBounds.of(num_rows, work, lane)
         steps = RowSteps.of((self.score, self.rule.mask_mod), num_rows, args, work, lane)
         acc_O.fill(0.0)
+        held = Int32(NONE)
         for i in cutlass.range(work.hi - work.lo, unroll=1):
             block = work.hi - 1 - i
             key = block * cfg.block_n + warp_index * cfg.keys_per_warp
             slot = kv_ring.wait_and_advance()
+            held = instead(held, slot)
             mma.scores(acc_S, tSrQ, self.slice(slot.index, warp_index))
-            slot.release()
             if const_expr(self.factor is not None):
                 acc_S.store(acc_S.load() * self.factor)
             if const_expr(steps.any):
@@ -209,6 +211,7 @@ class DecodeComputeRole:
             softmax.update(acc_S_mn, acc_O_mn)
             softmax.exponentials(acc_S_mn)
             slot = kv_ring.wait_and_advance()
+            held = instead(held, slot)
             sV = self.slice(slot.index, warp_index)
             rows = cutlass.max(work.seqlen.seqlen_k - key, 0)
             # Two questions: one is answered at trace time, one at run time.
@@ -217,7 +220,7 @@ class DecodeComputeRole:
                     clear_rows(sV, rows, lane)
             sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0]))
             mma.accumulate(acc_O, acc_S, sVt)
-            slot.release()
+        free(held)
 
     @cute.jit
     def slice(self, slot: Int32, warp_index: Int32) -> cute.Tensor:
