@@ -39,8 +39,8 @@ class TileConfig:
     Blocks of `block_n` rows of K and of V take turns in a ring of `kv_stages` slots, all of K's
     width. Q stays in registers if `q_in_registers`, else `ldmatrix` brings it once a block.
     `stack_bytes` is the most that ptxas may spill a thread. K and V in pages arrive in boxes of
-    `box_n` rows, None if they are not paged; a value of theirs has `kv_bytes` bytes, 1 being e4m3. `smem_limit` is what
-    a CTA may take on the cards of the row.
+    `box_n` rows, None if they are not paged; a value of theirs has `kv_bytes` bytes, 1 being e4m3.
+    `smem_limit` is what a CTA may take on the cards that the row is for.
     """
 
     head_dim: int
