@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.append_cases import FP8
-from tests.cases import BF16
+from tests.cases import BF16, FP8
 
 from .on_cards import card
 
