@@ -287,3 +287,16 @@ def compact(pointer: cute.Pointer, shape: tuple) -> cute.Tensor:
     for size in reversed(shape[1:]):
         strides.insert(0, Int64(size) * strides[0])
     return cute.make_tensor(pointer, cute.make_layout(shape, stride=tuple(strides)))
+
+
+def into_parts(args: Any) -> Any:
+    """`args` of a launch whose keys are split, with partial results in place of mO and mLSE."""
+    mO, mLSE = partials(args)
+    return args._replace(mO=mO, mLSE=mLSE)
+
+
+@cute.jit
+def merge(args: Any, parts: Any, stream):
+    """Merge the results of the launch of `parts`, made by `into_parts` of `args`."""
+    head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
+    CombineKernel(head_dim_v)(merge_of(args, parts.mO, parts.mLSE), stream)

@@ -20,7 +20,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr, pipeline
 from cutlass.cute.nvgpu import cpasync
 
-from ..combine import CombineKernel, merge_of, partials
+from ..combine import into_parts, merge
 from ..common.fragments import rows_and_columns
 from ..common.kv import DenseKv, KvTile, PagedKv
 from ..common.softmax import OnlineSoftmax
@@ -74,10 +74,9 @@ class DecodeSm120:
         if const_expr(args.mWorkspace is None):
             self.launch(args, tma, grid, stream)
         else:
-            mO, mLSE = partials(args)
-            self.launch(args._replace(mO=mO, mLSE=mLSE), tma, grid, stream)
-            head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
-            CombineKernel(head_dim_v)(merge_of(args, mO, mLSE), stream)
+            parts = into_parts(args)
+            self.launch(parts, tma, grid, stream)
+            merge(args, parts, stream)
 
     @cute.jit
     def launch(self, args: DecodeArgs, tma, grid: DecodeGrid, stream):

@@ -24,7 +24,7 @@ from cutlass import Int32, const_expr, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ..arguments import ForwardArgs
-from ..combine import CombineKernel, merge_of, partials
+from ..combine import into_parts, merge
 from ..common.kv import KvTile
 from ..common.scheduler import SplitScheduler, TileScheduler
 from ..common.tma import TmaOperand, rows_first, smem_layout
@@ -64,11 +64,9 @@ class ForwardSm120:
         if const_expr(args.mWorkspace is None):
             self.launch(args, tma, TileScheduler.of(*sizes), stream)
         else:
-            mO, mLSE = partials(args)
-            scheduler = SplitScheduler.over(*sizes, args.num_splits)
-            self.launch(args._replace(mO=mO, mLSE=mLSE), tma, scheduler, stream)
-            head_dim_v = cute.size(args.mO, mode=[cute.rank(args.mO) - 1])
-            CombineKernel(head_dim_v)(merge_of(args, mO, mLSE), stream)
+            parts = into_parts(args)
+            self.launch(parts, tma, SplitScheduler.over(*sizes, args.num_splits), stream)
+            merge(args, parts, stream)
 
     @cute.jit
     def launch(self, args: ForwardArgs, tma, scheduler: TileScheduler, stream):

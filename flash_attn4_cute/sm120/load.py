@@ -56,26 +56,26 @@ class LoadRole:
         seqlen = SeqlenInfo.of(args, work.batch)
         row = work.m_block * self.cfg.block_m
         if row < seqlen.seqlen_q:
-            blocks, lo, hi = self.share(args, work, seqlen)
-            kv_head = work.head // self.heads_per_kv_head
-            tKsK, tKgK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
-            tVsV, tVgV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
-            for i in cutlass.range(hi - lo, unroll=1):
-                n_block = blocks.at(hi - 1 - i)
-                slot = kv_ring.acquire_and_advance()
-                cute.copy(
-                    self.k.atom,
-                    tKgK[None, n_block],
-                    tKsK[None, slot.index],
-                    tma_bar_ptr=slot.barrier,
-                )
-                slot = kv_ring.acquire_and_advance()
-                cute.copy(
-                    self.v.atom,
-                    tVgV[None, n_block],
-                    tVsV[None, slot.index],
-                    tma_bar_ptr=slot.barrier,
-                )
+            kv_ring = self.load_blocks(args, work, seqlen, kv_ring)
+        return kv_ring
+
+    @cute.jit
+    def load_blocks(self, args: ForwardArgs, work: WorkTile, seqlen: SeqlenInfo, kv_ring: Any):
+        """The same for a tile that has queries."""
+        blocks, lo, hi = self.share(args, work, seqlen)
+        kv_head = work.head // self.heads_per_kv_head
+        tKsK, tKgK = self.k.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
+        tVsV, tVgV = self.v.tiles(kv_head, seqlen.batch_k, seqlen.offset_k)
+        for i in cutlass.range(hi - lo, unroll=1):
+            n_block = blocks.at(hi - 1 - i)
+            slot = kv_ring.acquire_and_advance()
+            cute.copy(
+                self.k.atom, tKgK[None, n_block], tKsK[None, slot.index], tma_bar_ptr=slot.barrier
+            )
+            slot = kv_ring.acquire_and_advance()
+            cute.copy(
+                self.v.atom, tVgV[None, n_block], tVsV[None, slot.index], tma_bar_ptr=slot.barrier
+            )
         return kv_ring
 
 
@@ -99,27 +99,23 @@ class PagedLoadRole(LoadRole):
     """The same for keys in pages, which are looked up while the ring is full."""
 
     @cute.jit
-    def load_tile(self, args: ForwardArgs, index: Int32, kv_ring: Any):
-        """The keys and values of one tile; returns the ring as it leaves it."""
-        work = self.scheduler.tile(index)
-        seqlen = SeqlenInfo.of(args, work.batch)
-        row = work.m_block * self.cfg.block_m
-        if row < seqlen.seqlen_q:
-            _, lo, hi = self.share(args, work, seqlen)
-            place = (work.head // self.heads_per_kv_head, seqlen.seqlen_k)
-            k = self.k.of(*place, args.mPageTable[work.batch, None])
-            v = self.v.of(*place, args.mPageTable[work.batch, None])
-            reach = k.reach
-            places = k.look_up(hi - 1)
-            # The table is read while the ring is full.
-            following = k.look_up(hi - 1 - reach)
-            for i in cutlass.range(hi - lo, unroll=1):
-                n_block, turn = hi - 1 - i, i % reach
-                if i > 0 and turn == 0:
-                    places.store(following.load())
-                    following.store(k.look_up(n_block - reach).load())
-                slot = kv_ring.acquire_and_advance()
-                k.copy(n_block, slot.index, slot.barrier, (places, turn))
-                slot = kv_ring.acquire_and_advance()
-                v.copy(n_block, slot.index, slot.barrier, (places, turn))
+    def load_blocks(self, args: ForwardArgs, work: WorkTile, seqlen: SeqlenInfo, kv_ring: Any):
+        """The keys and values of a tile that has queries; returns the ring as it leaves it."""
+        _, lo, hi = self.share(args, work, seqlen)
+        place = (work.head // self.heads_per_kv_head, seqlen.seqlen_k)
+        k = self.k.of(*place, args.mPageTable[work.batch, None])
+        v = self.v.of(*place, args.mPageTable[work.batch, None])
+        reach = k.reach
+        places = k.look_up(hi - 1)
+        # The table is read while the ring is full.
+        following = k.look_up(hi - 1 - reach)
+        for i in cutlass.range(hi - lo, unroll=1):
+            n_block, turn = hi - 1 - i, i % reach
+            if i > 0 and turn == 0:
+                places.store(following.load())
+                following.store(k.look_up(n_block - reach).load())
+            slot = kv_ring.acquire_and_advance()
+            k.copy(n_block, slot.index, slot.barrier, (places, turn))
+            slot = kv_ring.acquire_and_advance()
+            v.copy(n_block, slot.index, slot.barrier, (places, turn))
         return kv_ring
