@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
 from ..arguments import ForwardArgs
-from ..common.descale import scale_and_factor
+from ..common.descale import of_tile, scale_and_factor
 from ..common.dropout import Dropout
 from ..common.fragments import rows_and_columns
 from ..common.key_blocks import KeyBlocks
@@ -126,7 +126,7 @@ class ComputeRole:
             steps = ScoreSteps.of(self.score, mask_mod, args, work, seqlen)
             heads = self.scheduler.num_heads.divisor
             dropout = Dropout.of(self.score.dropout, args, work, heads, lane)
-            scale, factor = scale_and_factor(args, self.score.scaled, work)
+            scale, factor = scale_and_factor(args, self.score.scaled, of_tile(args, work))
             softmax = OnlineSoftmax.start(scale, cute.size(acc_S_mn, mode=[0]))
             acc_O.fill(0.0)
             queries.wait()

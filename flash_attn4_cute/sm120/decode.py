@@ -21,6 +21,7 @@ from cutlass import Float32, Int32, const_expr, pipeline
 from cutlass.cute.nvgpu import cpasync
 
 from ..combine import into_parts, merge
+from ..common.descale import scale_and_factor
 from ..common.fragments import rows_and_columns
 from ..common.kv import DenseKv, KvTile, PagedKv
 from ..common.softmax import OnlineSoftmax
@@ -136,12 +137,8 @@ class DecodeSm120:
             mma = products(cfg, self.dtype, cute.arch.lane_idx())
             acc_O = mma.accumulator(cfg.head_dim)
             num_rows = cute.size(rows_and_columns(acc_O), mode=[0])
-            scale, factor = args.softmax_scale, None
-            if const_expr(args.mKDescale is not None):
-                # Steps that are not linear need the dot products themselves.
-                factor = args.mKDescale[work.batch, work.kv_head]
-                if const_expr(not self.score.scaled):
-                    scale, factor = scale * factor, None
+            place = (work.batch, work.kv_head)
+            scale, factor = scale_and_factor(args, self.score.scaled, place)
             softmax = OnlineSoftmax.start(scale, num_rows)
             DecodeComputeRole(
                 cfg, self.rule, self.score, self.dtype, guard_v, mma, factor, sKV, consumer, work
