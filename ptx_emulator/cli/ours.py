@@ -114,17 +114,32 @@ def problem_of(case: Case, tensors: Any) -> Any:
     return problem
 
 
-def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def forward(
+    emulator: Session, case: Case, inputs: Inputs, max_ctas: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of the forward kernel that the plan picks for the session's card.
+
+    `max_ctas`: so many at most, also where the plan lets the card hand out tiles one by one.
 
     Raises:
         NotImplementedError: the card or a feature that the kernels do not have.
     """
     tensors = tensors_of(case, inputs)
     problem = problem_of(case, tensors)
-    with kernels_on(emulator) as launch:
+    with kernels_on(emulator) as launch, _at_most(max_ctas):
         launch(problem, tensors)
     return tensors.out, tensors.lse
+
+
+@contextmanager
+def _at_most(max_ctas: int | None) -> Iterator[None]:
+    plan: Any = importlib.import_module("flash_attn4_cute.plan")
+    before = plan.UNBOUNDED
+    plan.UNBOUNDED = max_ctas or before
+    try:
+        yield
+    finally:
+        plan.UNBOUNDED = before
 
 
 def _mask(case: Case) -> Any:
