@@ -94,7 +94,7 @@ SUBJECTS = {
             head_dim_v=64,
             varlen=True,
         ),
-        partial(ours.forward, max_ctas=1),
+        ours.forward_in_turn,
     ),
     "ours-sm120a": Subject(
         "sm_120a",

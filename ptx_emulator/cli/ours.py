@@ -114,30 +114,25 @@ def problem_of(case: Case, tensors: Any) -> Any:
     return problem
 
 
-def forward(
-    emulator: Session, case: Case, inputs: Inputs, max_ctas: int | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of the forward kernel that the plan picks for the session's card.
-
-    `max_ctas`: so many at most, also where the plan lets the card hand out tiles one by one.
 
     Raises:
         NotImplementedError: the card or a feature that the kernels do not have.
     """
     tensors = tensors_of(case, inputs)
     problem = problem_of(case, tensors)
-    with kernels_on(emulator) as launch, _at_most(max_ctas):
+    with kernels_on(emulator) as launch:
         launch(problem, tensors)
     return tensors.out, tensors.lse
 
 
-@contextmanager
-def _at_most(max_ctas: int | None) -> Iterator[None]:
+def forward_in_turn(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The same by one CTA, also where the plan lets the card hand out tiles one by one."""
     plan: Any = importlib.import_module("flash_attn4_cute.plan")
-    before = plan.UNBOUNDED
-    plan.UNBOUNDED = max_ctas or before
+    before, plan.UNBOUNDED = plan.UNBOUNDED, 1
     try:
-        yield
+        return forward(emulator, case, inputs)
     finally:
         plan.UNBOUNDED = before
 
