@@ -33,6 +33,7 @@ CACHE = ROOT / ".cache" / "timing"
 BLOCK = 128  # keys, the unit of `block`
 SHORT, LONG = 512, 1024  # keys of the recorded runs
 LONGEST = 2048  # of causal ones: a tile's first blocks cost less than those that follow
+FEW = 256  # queries, not so few that the kernels for decoding take them
 MANY_SMS = 64
 SCHEDULERS = frozenset({"fma", "alu", "mufu", "tensor", "lsu", "tmem", "issue slots"})  # four an SM
 SM_SMEM, SYSTEM_SMEM = 233472, 1024  # bytes of an SM, and of each CTA for the system
@@ -197,7 +198,8 @@ def _recorded(kernel: Kernel) -> Runs:
 def _causal_in_turn(kernel: Kernel, rows: int, ctas: int, per_sm: int) -> Runs:
     """Runs of one CTA, or pair, that takes all tiles of a causal launch, the longest first."""
     runs = []
-    for queries, keys in ((rows, SHORT), (rows, LONGEST), (SHORT, SHORT), (LONG, LONG)):
+    few = max(rows, FEW)
+    for queries, keys in ((few, SHORT), (few, LONGEST), (SHORT, SHORT), (LONG, LONG)):
         recording = record(kernel, queries, keys, ctas)
         (group,) = _clusters(recording, ctas)
         tiles = queries // rows
@@ -280,7 +282,9 @@ def _digest(kernel: Kernel) -> str:
     sources = [Path(__file__), Path(__file__).with_name("record.py")]
     sources += sorted((ROOT / "ptx_emulator" / "ptx").glob("*.py"))
     if kernel.who == "ours":
-        sources += sorted((ROOT / "flash_attn4_cute").rglob("*.py"))
+        other = "sm120" if kernel.arch in ("sm_100a", "sm_103a") else "sm100"
+        ours = sorted((ROOT / "flash_attn4_cute").rglob("*.py"))
+        sources += [path for path in ours if other not in path.parts]
     for path in sources:
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
