@@ -46,6 +46,7 @@ CHUNK = 32  # columns of P that are stored at a time
 GROUP = 4  # columns that are worked on at a time
 LAG = 4  # groups by which sums and rounding follow the exponentials
 LOAD_WIDTH = 32  # columns of S an instruction
+MASK_WIDTH = 32  # columns of S that are masked at a time
 
 
 @dataclass(frozen=True)
@@ -227,14 +228,22 @@ def mask_in_place(tStS: TmemRow, mask: BandMask, corner: tuple):
     """Mask a row of S where it is, in tensor memory.
 
     If the row stayed in registers, the way around the mask and the one through it would have to
-    agree on them: ptxas copies all 128 of each unmasked block.
+    agree on them: ptxas copies all 128 of each unmasked block. Columns that all rows of the warp
+    see are left alone, and those that none sees are not read.
     """
-    rS = cute.make_rmem_tensor(BLOCK_N, Float32)
-    tStS.load(rS, LOAD_WIDTH)
-    wait_loads()
-    places = cute.make_identity_tensor((1, BLOCK_N))
-    mask.apply(row_view(rS), places, corner[0], corner[1])
-    tStS.store(rS, LOAD_WIDTH)
+    first, end = mask.first_key(corner[0]) - corner[1], mask.end_key(corner[0]) - corner[1]
+    for column in cutlass.range_constexpr(0, BLOCK_N, MASK_WIDTH):
+        seen = end >= column + MASK_WIDTH and first <= column
+        if not cute.arch.vote_all_sync(seen):
+            part = TmemRow(tStS.first + column, MASK_WIDTH, tStS.thread)
+            rS = cute.make_rmem_tensor(MASK_WIDTH, Float32)
+            rS.fill(-Float32.inf)
+            if cute.arch.vote_any_sync(end > column and first < column + MASK_WIDTH):
+                part.load(rS, MASK_WIDTH)
+                wait_loads()
+                places = cute.make_identity_tensor((1, MASK_WIDTH))
+                mask.apply(row_view(rS), places, corner[0], corner[1] + column)
+            part.store(rS, MASK_WIDTH)
     wait_stores()
 
 

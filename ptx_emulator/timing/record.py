@@ -304,6 +304,13 @@ class _Watched:
         return getattr(self._program, name)
 
 
+def _active(gang: Gang) -> list[int]:
+    """The warps of a gang that run the block: where ways part, others only wait beside them."""
+    if gang.mask is None:
+        return gang.warps.tolist()
+    return gang.warps[gang.mask.reshape(-1, 32).any(axis=1)].tolist()
+
+
 class _Blocks:
     def __init__(self, functions: list[Any], recording: Recording, program: Any) -> None:
         self.functions, self.recording = functions, recording
@@ -314,7 +321,7 @@ class _Blocks:
 
     def run(self, gang: Gang, registers: Any, pc: int) -> int:
         recording, block = self.recording, self.blocks[pc]
-        warps = gang.warps.tolist()
+        warps = _active(gang)
         streams = recording.stream(gang)
         recording.events = []
         _current.append(recording)
