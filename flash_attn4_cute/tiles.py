@@ -155,27 +155,40 @@ def _widest_atom(*columns: int) -> int:
 FORWARD_ROWS: tuple[TileConfig, ...] = (
     TileConfig(head_dim=32, head_dim_v=32, block_n=96, kv_stages=6),
     # 358 / 357; block_n 64, 6 slots: 345 / 342; 12 compute warps of 160 registers lost 4 %
-    # ptxas spills up to 56 bytes for sm_120a and sm_121a, none with block_n 64: 11 loads of what
+    # ptxas spills up to 80 bytes for sm_120a and sm_121a, none with block_n 64: 13 loads of what
     # was computed before the loop, a key block; not timed there.
-    TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=5, stack_bytes=56),
+    TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=5, stack_bytes=80),
     # 416 dense; block_n 64, 4 slots: 393; block_n 48, 5 slots: 397
     # ptxas spills up to 80 bytes, outside the key loop.
     TileConfig(head_dim=96, head_dim_v=96, block_n=80, kv_stages=2, stack_bytes=80),
     # 432 / 416; block_n 48 lost 5 %, block_n 32 with 4 slots 14 %
-    # ptxas spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators: 24
-    # registers of O wait in local memory from one P V to the next, 12 LDL.64 and 12 STL.64 a key
-    # block, or 1.6 % of the loop's 1531 instructions and 15 % of the bytes that ldmatrix moves. By
-    # the rates of these cards the tensor core hides both; not timed there.
+    # ptxas 12.9 spills up to 152 bytes for sm_120a and sm_121a, where it renames the accumulators:
+    # registers of O wait in local memory from one P V to the next, 26 loads and 26 stores a key
+    # block, or 3 % of the loop's 1813 instructions. By the rates of these cards the tensor core
+    # hides them; not timed there. ptxas 13.3 spills 64 bytes.
     TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=2, stack_bytes=152),
-    # Multi-head latent attention, as prefill runs it.
+    # Multi-head latent attention, as prefill runs it. ptxas spills up to 24 bytes for d 192, outside
+    # the key loop.
     TileConfig(
-        head_dim=192, head_dim_v=128, block_n=64, kv_stages=2, rows_per_warp=16, q_in_registers=True
+        head_dim=192,
+        head_dim_v=128,
+        block_n=64,
+        kv_stages=2,
+        rows_per_warp=16,
+        q_in_registers=True,
+        stack_bytes=24,
     ),
     TileConfig(
-        head_dim=192, head_dim_v=192, block_n=64, kv_stages=2, rows_per_warp=16, q_in_registers=True
+        head_dim=192,
+        head_dim_v=192,
+        block_n=64,
+        kv_stages=2,
+        rows_per_warp=16,
+        q_in_registers=True,
+        stack_bytes=24,
     ),
-    # ptxas spills up to 120 bytes for sm_120a and sm_121a (24 with Q in shared memory), none for
-    # sm_90a: O again, 26 of the key loop's 1203 instructions; not timed there.
+    # ptxas 12.9 spills up to 120 bytes for sm_120a and sm_121a, none for sm_90a: O again, 48 of the
+    # key loop's 879 instructions; not timed there. ptxas 13.3 spills none.
     TileConfig(
         head_dim=256,
         head_dim_v=256,

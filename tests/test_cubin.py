@@ -22,9 +22,10 @@ from flash_attn4_cute.device import FAMILIES
 from . import cross_compile
 from .conftest import ROOT
 from .ptx_lint import suspects
+from .sass_lint import disassemble, hasty_arrivals
 
 # Bytes a CTA may opt in to (CUDA C++ guide, table 30); the family of sm_120 keeps to what it has.
-SMEM_LIMIT = {"sm120": 101_376, "sm100": 232_448}
+SMEM_LIMIT = {"sm90a": 232_448, "sm120": 101_376, "sm100": 232_448}
 SMEM_RESERVED = 1_024  # bytes the driver takes of each CTA's static share, on sm_90 and later
 REGISTER_FILE = 65_536
 MAX_REGISTERS = 255
@@ -32,10 +33,11 @@ MAX_REGISTERS = 255
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel: its key, PTX, and what cuobjdump says of its cubin."""
+    """One kernel: its key, PTX, machine code (mma.sync), and what cuobjdump says of its cubin."""
 
     key: object
     ptx: str
+    code: str
     registers: int
     stack: int
     local: int
@@ -85,6 +87,7 @@ def compiled(request, tmp_path_factory) -> dict[str, Compiled]:
         kernels[name] = Compiled(
             key,
             (directory / f"{name}.ptx").read_text(),
+            disassemble(directory / f"{name}.cubin") if key.family == "sm120" else "",
             *(used[field] for field in ("REG", "STACK", "LOCAL", "SHARED")),
         )
     return kernels
@@ -121,7 +124,8 @@ def test_shared_memory_fits_the_card(compiled):
     """FA#2594: the budget at every head dimension. Dynamic by the row, static by the cubin."""
     for name, kernel in compiled.items():
         static = max(0, kernel.shared - SMEM_RESERVED)
-        assert static + kernel.key.cfg.smem_bytes <= SMEM_LIMIT[kernel.key.family], name
+        limit = SMEM_LIMIT.get(kernel.key.variant) or SMEM_LIMIT[kernel.key.family]
+        assert static + kernel.key.cfg.smem_bytes <= limit, name
 
 
 def test_every_kernel_carries_its_rings(compiled):
@@ -129,6 +133,14 @@ def test_every_kernel_carries_its_rings(compiled):
     for name, kernel in compiled.items():
         assert "mbarrier.try_wait.parity" in kernel.ptx, name
         assert [str(s) for s in suspects(kernel.ptx)] == [], name
+
+
+def test_no_arrival_overtakes_a_load(compiled):
+    """A slot is given back when it has been read, in machine code too."""
+    for name, kernel in compiled.items():
+        if kernel.key.family == "sm120":
+            assert "LDSM" in kernel.code, name
+            assert hasty_arrivals(kernel.code) == [], name
 
 
 def test_a_row_for_every_variant_and_head_dim():

@@ -9,12 +9,13 @@ import pytest
 from . import cross_compile
 from .conftest import ROOT
 from .ptx_lint import suspects
+from .sass_lint import disassemble, hasty_arrivals
 from .test_cubin import MAX_REGISTERS, REGISTER_FILE, SMEM_LIMIT, SMEM_RESERVED, find_cuobjdump
 
 
 @pytest.fixture(scope="module", params=cross_compile.VARIANTS)
 def compiled(request, tmp_path_factory):
-    """name -> (key, PTX, [resources of each kernel in the cubin])."""
+    """name -> (key, PTX, machine code, [resources of each kernel in the cubin])."""
     pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl")
     directory = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "tests.cross_compile", request.param, directory, "decode"]
@@ -30,13 +31,14 @@ def compiled(request, tmp_path_factory):
             if "REG:" in line
         ]
         assert len(used) == 1 + key.is_split, text
-        found[name] = (key, (directory / f"{name}.ptx").read_text(), used)
+        code = disassemble(directory / f"{name}.cubin")
+        found[name] = (key, (directory / f"{name}.ptx").read_text(), code, used)
     return found
 
 
 def test_registers_leave_room_for_what_the_row_states(compiled):
     """`ctas_per_sm` CTAs fit the register file, and nothing is spilled beyond the row's word."""
-    for name, (key, _, kernels) in compiled.items():
+    for name, (key, _, _, kernels) in compiled.items():
         for used in kernels:
             assert used["REG"] <= MAX_REGISTERS, name
             assert used["STACK"] + used["LOCAL"] <= key.cfg.stack_bytes, name
@@ -46,7 +48,7 @@ def test_registers_leave_room_for_what_the_row_states(compiled):
 
 def test_shared_memory_fits_the_card(compiled):
     """FA#2594: the budget at every head dimension."""
-    for name, (key, _, kernels) in compiled.items():
+    for name, (key, _, _, kernels) in compiled.items():
         for used in kernels:
             static = max(0, used["SHARED"] - SMEM_RESERVED)
             assert static + key.cfg.smem_bytes <= SMEM_LIMIT["sm120"], name
@@ -54,6 +56,13 @@ def test_shared_memory_fits_the_card(compiled):
 
 def test_every_kernel_carries_its_rings(compiled):
     """The frozen-ring lint, and that there are waits in the PTX for it to look at."""
-    for name, (_, ptx, _) in compiled.items():
+    for name, (_, ptx, _, _) in compiled.items():
         assert "mbarrier.try_wait.parity" in ptx, name
         assert [str(s) for s in suspects(ptx)] == [], name
+
+
+def test_no_arrival_overtakes_a_load(compiled):
+    """A slot is given back when it has been read, in machine code too."""
+    for name, (_, _, code, _) in compiled.items():
+        assert "LDSM" in code, name
+        assert hasty_arrivals(code) == [], name
