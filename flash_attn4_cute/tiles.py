@@ -167,7 +167,7 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
     # block, or 3 % of the loop's 1813 instructions. By the rates of these cards the tensor core
     # hides them; not timed there. ptxas 13.3 spills 64 bytes.
     TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=2, stack_bytes=152),
-    # Multi-head latent attention, as prefill runs it. ptxas spills up to 24 bytes for d 192, outside
+    # Multi-head latent attention, as prefill runs it. ptxas spills up to 24 bytes for d 192, not in
     # the key loop.
     TileConfig(
         head_dim=192,
