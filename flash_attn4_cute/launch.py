@@ -87,10 +87,10 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
 
 def cache_views(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
     """K and V as the kernels of the mma.sync family read them: two values of e4m3 are one."""
-    k, v = tensors.k, tensors.v
     if problem.fp8_kv:
-        k, v = k.view(problem.dtype), v.view(problem.dtype)
-    return canonical(k), canonical(v)
+        k, v = (canonical(t, 16).view(problem.dtype) for t in (tensors.k, tensors.v))
+        return k, v
+    return canonical(tensors.k), canonical(tensors.v)
 
 
 def new_workspace(size: int, device: torch.device) -> Tensor:
@@ -143,9 +143,13 @@ def _copied(problem: AttentionProblem, tensors: AttentionTensors) -> AttentionTe
     return replace(tensors, **copies)
 
 
-def canonical(t: Tensor) -> Tensor:
-    """Give dimensions of size 1, whose stride means nothing, one that TMA accepts."""
-    if all(stride % 8 == 0 for stride in t.stride()[:-1]):
+def canonical(t: Tensor, unit: int = 8) -> Tensor:
+    """Give dimensions of size 1, whose stride means nothing, one that TMA accepts.
+
+    `unit` is how many elements of t are 16 bytes.
+    """
+    if all(stride % unit == 0 for stride in t.stride()[:-1]):
         return t
-    strides = [8 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+    shape = zip(t.shape, t.stride(), strict=True)
+    strides = [unit if size == 1 else stride for size, stride in shape]
     return t.as_strided(t.shape, [*strides[:-1], 1])

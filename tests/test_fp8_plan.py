@@ -1,6 +1,9 @@
 """Which kernel reads e4m3 keys and values: those of mma.sync, on every card."""
 
+import importlib
+
 import pytest
+import torch
 
 from tests.test_errors import card, gpu_problem  # noqa: F401 (a fixture)
 
@@ -60,3 +63,15 @@ def test_dims(fa4, card):  # noqa: F811
     """A row of e4m3 must be a multiple of 16 bytes."""
     with pytest.raises(NotImplementedError, match=r"k.dtype, v.dtype=.*multiples of 16"):
         card((12, 0)).make_plan(fp8(fa4, head_dim=72))
+
+
+def test_strides_of_size_1(fa4):
+    """They mean nothing, and may be odd where two values are one to the kernels."""
+    launch = importlib.import_module(f"{fa4.__name__}.flash_attn4_cute.launch")
+    tensors = fa4.flash_attn4_cute.problem.AttentionTensors
+    storage = torch.zeros(5 * 64 + 16, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    k = storage.as_strided((1, 5, 1, 64), (241, 64, 7, 1))
+    found = launch.cache_views(fp8(fa4), tensors(q=k, k=k, v=k))
+    for view in found:
+        assert view.shape == (1, 5, 1, 32) and view.dtype is torch.bfloat16
+        assert all(stride % 8 == 0 for stride in view.stride()[:-1]) and view.stride(1) == 32
