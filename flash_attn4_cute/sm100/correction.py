@@ -56,11 +56,11 @@ class CorrectionRole:
                 for i in cutlass.range(1, work.num_blocks, unroll=1):
                     for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                         if i > work.first_block(tile):
+                            # The last P V is done: this block's scores were issued behind it, or
+                            # the softmax has waited for it.
                             rings.factor.wait_full(tile, factor_phases >> tile & 1)
                             factor_phases ^= 1 << tile
-                            # Else this block's scores were issued behind the last P V: it is done.
                             if const_expr(self.cfg.p_apart):
-                                rings.o.wait_full(tile, o_phases >> tile & 1)
                                 o_phases ^= 1 << tile
                             self.rescale(tile, tile, thread)
                             self.give_o(tile)

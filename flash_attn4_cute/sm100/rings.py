@@ -183,8 +183,9 @@ class Rings:
     Where P has columns of its own, S is free once it is in registers, and Q K^T of a tile's block
     i + 1 is issued before P V of its block i. Then `o` tells of every P V, too, and the softmax
     waits for that of block i before it hands on anything of block i + 1: P V has read P, and
-    waited for the correction, which has read the factor. Whoever is behind with `o` of block i
-    has not arrived in `p` for block i + 1, so that it cannot run a phase ahead either.
+    waited for the correction, which has read the factor. For the correction, the factor thus
+    implies the P V before it, and the last P V alone is left to wait for. P V of block i + 1 needs
+    what both hand on after that, so that `o` cannot run a phase ahead either.
     """
 
     q: Ring
