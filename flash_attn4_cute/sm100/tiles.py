@@ -243,7 +243,7 @@ def _pair_of_wide_tiles(head_dim: int) -> TileConfig:
 # What docs/design.md has at 2048 tokens is beside upstream's.
 FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
-        # 512, 842, 741 / 512, 937, 971; 4 pairs: 512, 778, 783 / 512, 866, 1018
+        # 512, 906, 703 / 512, 908, 830; the timing model has 3 pairs 1 to 2 % behind
         # Packed sequences under two bounds spill 8 bytes, with 192 registers for the softmax 32.
         _row(
             64,
