@@ -244,8 +244,8 @@ def _pair_of_wide_tiles(head_dim: int) -> TileConfig:
 FORWARD_ROWS: dict[str, tuple[TileConfig, ...]] = {
     "sm100a": (
         # 512, 906, 703 / 512, 908, 830; the timing model has 3 pairs 1 to 2 % behind
-        # Without a mask it spills 8 bytes. Packed sequences under two bounds spilled 8, too, until P was
-        # apart, and 32 with 192 registers for the softmax.
+        # Without a mask it spills 8 bytes. Packed sequences under two bounds spilled 8, too, until
+        # P was apart, and 32 with 192 registers for the softmax.
         _row(
             64,
             64,
