@@ -205,7 +205,7 @@ FORWARD_ROWS: tuple[TileConfig, ...] = (
 FP8_ROWS: tuple[TileConfig, ...] = (
     TileConfig(head_dim=64, head_dim_v=64, block_n=96, kv_stages=8, kv_bytes=1),
     TileConfig(head_dim=96, head_dim_v=96, block_n=64, kv_stages=8, kv_bytes=1),
-    # ptxas spills up to 248 bytes for sm_120a and sm_121a, 24 for sm_90a, 128 for sm_100a: of O, as
+    # ptxas spills up to 248 bytes for sm_120a and sm_121a, 24 for sm_90a, 184 for sm_103a: of O, as
     # above, 48 LDL.64 and 29 STL.64 among the 2374 instructions of a key block.
     TileConfig(head_dim=128, head_dim_v=128, block_n=64, kv_stages=4, kv_bytes=1, stack_bytes=248),
     TileConfig(
