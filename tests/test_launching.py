@@ -4,6 +4,7 @@ What is computed is judged elsewhere. Here each answer has the bits of a plain c
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,16 +116,13 @@ def test_threads_on_streams_of_their_own(fa4, device):
                 yield call(), right
 
     def run(number: int, answers) -> None:
-        torch.cuda.set_device(device)
         with torch.cuda.stream(streams[number]):
             wrong.extend(number for found, right in answers if not same(found, right))
 
     answers = (replay(), eager(1), eager(2))
-    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(answers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(works)) as pool:
+        # A thread's exception is the test's.
+        list(pool.map(run, range(len(works)), answers))
     assert not wrong and captured[0][0].isfinite().all()
 
 
