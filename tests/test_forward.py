@@ -171,7 +171,11 @@ def test_fa2508_every_tile_is_computed(fa4, device, sq, sk):
 
 
 def test_kernel_count_stays_small():
-    """Cases share compiled kernels: a GPU run compiles each key once, at seconds a kernel."""
+    """Cases share compiled kernels: a GPU run compiles each key once, at seconds a kernel.
+
+    174 of them, those for many queries on e4m3 caches among them, took an H200's host 135 seconds
+    with all tests, in 15 processes.
+    """
     every = [case for members in cases.FAMILIES.values() for case in members]
     keys = {case.kernel_key for case in every if case.missing_on_gpu() is None}
-    assert len(keys) <= 150
+    assert len(keys) <= 180
