@@ -20,7 +20,7 @@ from ..decode_tiles import M_ATOM, DecodeConfig
 from .compute import clear_rows
 from .decode_work import DecodeWork
 from .products import MmaSync
-from .release import NONE, free, instead
+from .release import NONE, instead
 
 STEPS_AHEAD = 8  # k16 steps of K that are fetched before their product
 ROWS_APART = 8  # a thread of mma.m16n8 holds rows that lie so far apart
@@ -220,7 +220,7 @@ class DecodeComputeRole:
                     clear_rows(sV, rows, lane)
             sVt = cute.make_tensor(sV.iterator, cute.select(sV.layout, mode=[1, 0]))
             mma.accumulate(acc_O, acc_S, sVt)
-        free(held)
+        # The last slot stays held: nothing is loaded any more.
 
     @cute.jit
     def slice(self, slot: Int32, warp_index: Int32) -> cute.Tensor:
