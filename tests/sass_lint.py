@@ -12,13 +12,11 @@ Loads come back in order: one without a scoreboard of its own is over with the n
 """
 
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-import pytest
+from .cuda_tools import find_tool
 
 NO_SCOREBOARD = 7
 CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/")
@@ -37,19 +35,8 @@ class Instruction:
     waits: int
 
 
-def find_nvdisasm() -> str:
-    """Path of nvdisasm: the package's, else the one of an installed toolkit."""
-    try:
-        files = metadata.files("nvidia-cuda-nvdisasm") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    packaged = [str(f.locate()) for f in files if f.name == "nvdisasm"]
-    found = packaged[0] if packaged else shutil.which("nvdisasm")
-    return found or pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-
-
 def disassemble(cubin: Path) -> str:
-    command = [find_nvdisasm(), "-c", "-hex", str(cubin)]
+    command = [find_tool("nvdisasm"), "-c", "-hex", str(cubin)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

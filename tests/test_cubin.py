@@ -7,11 +7,9 @@ within what the row states, and what the row states within what the card has.
 
 import fcntl
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from flash_attn4_cute.device import FAMILIES
 
 from . import cross_compile
 from .conftest import ROOT
+from .cuda_tools import find_tool
 from .ptx_lint import suspects
 from .sass_lint import disassemble, hasty_arrivals
 
@@ -44,20 +43,9 @@ class Compiled:
     shared: int
 
 
-def find_cuobjdump() -> str:
-    """Path of cuobjdump: the package's, else the one of an installed toolkit."""
-    try:
-        files = metadata.files("nvidia-cuda-cuobjdump") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    packaged = [str(f.locate()) for f in files if f.name == "cuobjdump"]
-    found = packaged[0] if packaged else shutil.which("cuobjdump")
-    return found or pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump")
-
-
 def resources(cubin: Path) -> dict[str, int]:
     """The most REG, STACK, SHARED and LOCAL of a kernel in a cubin; a merge may be in it too."""
-    command = [find_cuobjdump(), "--dump-resource-usage", str(cubin)]
+    command = [find_tool("cuobjdump"), "--dump-resource-usage", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line for line in text.splitlines() if "REG:" in line]
     assert 1 <= len(lines) <= 2, text

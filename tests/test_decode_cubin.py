@@ -8,9 +8,10 @@ import pytest
 
 from . import cross_compile
 from .conftest import ROOT
+from .cuda_tools import find_tool
 from .ptx_lint import suspects
 from .sass_lint import disassemble, hasty_arrivals
-from .test_cubin import MAX_REGISTERS, REGISTER_FILE, SMEM_LIMIT, SMEM_RESERVED, find_cuobjdump
+from .test_cubin import MAX_REGISTERS, REGISTER_FILE, SMEM_LIMIT, SMEM_RESERVED
 
 
 @pytest.fixture(scope="module", params=cross_compile.VARIANTS)
@@ -23,7 +24,7 @@ def compiled(request, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-4000:]
     found = {}
     for name, key in cross_compile.decode_keys(request.param).items():
-        dump = [find_cuobjdump(), "--dump-resource-usage", str(directory / f"{name}.cubin")]
+        dump = [find_tool("cuobjdump"), "--dump-resource-usage", str(directory / f"{name}.cubin")]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         used = [
             {field: int(n) for field, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
