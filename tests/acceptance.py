@@ -13,6 +13,8 @@ dtype. NAIVE and MIXED are the errors of the oracle's formulas in the inputs' dt
 Every bound has 8 float32 epsilons of its scale besides (lse: 16): a kernel accumulates in float32
 in an order of its own, and PyTorch can be exact by luck (constant inputs). Of a dot product, a
 tensor core adds up 16 columns at a time and cuts each sum off, which at d 128 may lose 8 epsilons.
+LSE's scale is that of the scores, at most abs(lse) + ln(number of keys): many scores far below zero
+may have an LSE near it.
 
 An element's magnitude is the sum of weights * abs(v) behind it: the scale its rounding errors have,
 which neither cancellation nor an outlier elsewhere in the tensor hides. Where the magnitude is 0
@@ -20,6 +22,7 @@ which neither cancellation nor an outlier elsewhere in the tensor hides. Where t
 is never right.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -46,6 +49,7 @@ class Reference:
     naive: Result
     mixed: Result
     softcap: float
+    num_keys: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +79,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule, batch: int = 0) -> Re
         return oracle.attend(q, k, v, rule, batch, precision)
 
     with torch.no_grad():
-        return Reference(at(EXACT), at(NAIVE), at(MIXED), softcap=rule.softcap)
+        return Reference(at(EXACT), at(NAIVE), at(MIXED), rule.softcap, len(k))
 
 
 def references(
@@ -116,7 +120,8 @@ def lse_finding(lse: Tensor, ref: Reference) -> Finding:
     finite = exact.isfinite()
     if not torch.equal(lse.double()[~finite], exact[~finite]):
         return Finding("lse", float("inf"), 0.0)
-    floor = LSE_ARITHMETIC * max(1.0, _max(exact[finite])) + CAP_ARITHMETIC * ref.softcap
+    size = _max(exact[finite]) + math.log(max(1, ref.num_keys))
+    floor = LSE_ARITHMETIC * max(1.0, size) + CAP_ARITHMETIC * ref.softcap
     bound = LSE_MULTIPLE * _max((mixed.double() - exact)[finite]) + floor
     return Finding("lse", _max((lse.double() - exact)[finite]), bound)
 

@@ -337,6 +337,16 @@ def _decode() -> Iterator[Case]:
                 name=f"d{d}_{d_v}_{str(dtype)[6:]}", d=d, d_v=d_v, dtype=dtype, seqlens_q=(2,),
                 seqlens_k=(3000,), num_splits=0, causal=True,
             )  # fmt: skip
+    # A key of -inf must not meet the zeros that widen the query to the tile of the values.
+    for d, d_v in ((32, 192), (64, 128)):
+        yield Case(
+            name=f"narrow_keys{d}_{d_v}_minus_inf", d=d, d_v=d_v, fill="minus_inf", seqlens_q=(1,),
+            seqlens_k=(130,), num_splits=1,
+        )  # fmt: skip
+    yield Case(
+        name="many_low_scores", d=160, dtype=F16, layout="packed_k", heads=1, heads_kv=1,
+        fill="shifted", softmax_scale=0.01, seqlens_q=(1,), seqlens_k=(100,), num_splits=0,
+    )  # fmt: skip
     ragged = (1, 9000, 0, 64, 65, 300, 5000)
     for splits in (0, 64):
         yield Case(
@@ -410,7 +420,7 @@ def _fp8() -> Iterator[Case]:
     yield Case(name="fp8_negative", d=64, softmax_scale=-0.1, **plain)
     for fill, dtype in (("peaked", BF16), ("outlier", F16), ("large_v", BF16), ("zeros", F16)):
         yield Case(name=f"fp8_{fill}", fill=fill, dtype=dtype, num_splits=2, **plain)
-    for strides in ("interleaved_kv", "odd_stride", "transposed"):
+    for strides in ("interleaved_kv", "odd_stride", "transposed", "expanded_heads"):
         yield Case(name=f"fp8_{strides}", strides=strides, d=64, **plain)
 
 

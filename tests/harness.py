@@ -96,7 +96,8 @@ def build(case: Case, device: torch.device) -> Call:
         gen, shape = inputs.generator(case, device), (2, case.batch, case.heads_kv)
         factors = torch.rand(shape, generator=gen, device=device) * 0.02 + 0.005
         extra |= {"k_descale": factors[0], "v_descale": factors[1]}
-        all_k, all_v = map(inputs.quantised, (all_k, all_v), factors)
+        held = map(inputs.quantised, (all_k, all_v), factors)
+        all_k, all_v = (inputs.repeated(case, xs) for xs in held)
         cached = FP8
     qs, all_q = inputs.keep_used(all_q, case.used_q)
     ks, all_k = inputs.keep_used(all_k, case.used_k)

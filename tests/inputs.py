@@ -66,9 +66,7 @@ def draw(case: Case, device: torch.device) -> tuple[list[Tensor], list[Tensor], 
         FILLS[case.fill](q, k, v)
         for kept, x in ((qs, q), (ks, k), (vs, v)):
             kept.append(x.to(case.dtype))
-    if case.strides in ("expanded_batch", "expanded_heads"):
-        ks, vs = ([_repeat(x, xs[0], case.strides) for x in xs] for xs in (ks, vs))
-    return qs, ks, vs
+    return qs, repeated(case, ks), repeated(case, vs)
 
 
 def quantised(xs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
@@ -82,9 +80,11 @@ def dequantised(xs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
     return [x.float() * f[:, None] for x, f in zip(xs, factors, strict=True)]
 
 
-def _repeat(x: Tensor, first: Tensor, how: str) -> Tensor:
-    """What an expanded tensor holds: the first sequence's or the first head's tokens throughout."""
-    return first if how == "expanded_batch" else x[:, :1].expand_as(x)
+def repeated(case: Case, xs: list[Tensor]) -> list[Tensor]:
+    """What expanded tensors hold: the first sequence's or the first head's tokens throughout."""
+    if case.strides == "expanded_batch":
+        return [xs[0]] * len(xs)
+    return [x[:, :1].expand_as(x) for x in xs] if case.strides == "expanded_heads" else xs
 
 
 # --- where they lie in memory ---------------------------------------------------------------------

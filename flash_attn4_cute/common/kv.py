@@ -125,6 +125,17 @@ class KvTile:
         return mX[(*(None,) * self.rank, head, *others)]
 
 
+def of_chunks(mX: cute.Tensor, chunk: int) -> cute.Tensor:
+    """The TMA tensor mX (rows, d, ...) as if it had two chunks; TMA itself still ends at d.
+
+    A mode of one chunk would have no stride, so that every further chunk is that one again, and
+    keys of -inf would meet the zeros that pad the query; beyond two, strides go on as they are.
+    """
+    rows, _, *outer = mX.shape
+    layout = cute.make_layout((rows, 2 * chunk, *outer), stride=mX.stride)
+    return cute.make_tensor(mX.iterator, layout)
+
+
 @dataclass(frozen=True)
 class BoxCopies:
     """The copies of boxes of one head's K or V into the slots of a ring, from a chunk on."""
@@ -146,6 +157,8 @@ class BoxCopies:
     ):
         """`atom` from KvTile.tma_load, `sX` by KvTile.box_layout, mX the TMA tensor of a head."""
         modes = tile.rank
+        if const_expr(not tile.whole_boxes):
+            mX = of_chunks(mX, tile.chunk)
         box = tuple(cute.size(sX, mode=[i]) for i in range(modes))
         gX = cute.local_tile(mX, box, (None,) * cute.rank(mX))
         tXsX, tXgX = cpasync.tma_partition(

@@ -31,3 +31,15 @@ def test_packed_dims(fa4, dims):
         seqlens_k=(70, 9, 33), window=(30, 4), heads=2, heads_kv=1,
     )  # fmt: skip
     verify(fa4, case, "sm_121a", (0, 3))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dims", [(32, 192), (64, 128)])
+def test_narrow_keys_of_minus_inf(fa4, dims, arch):
+    """Decode widens the query to the values' tile with zeros; they must not meet the -inf again."""
+    d, d_v = dims
+    case = Case(
+        name="narrow", d=d, d_v=d_v, fill="minus_inf", heads=2, heads_kv=1, seqlens_q=(1,),
+        seqlens_k=(70,),
+    )  # fmt: skip
+    verify(fa4, case, arch)
