@@ -51,8 +51,10 @@ class DecodeKey:
         return trace_decode(self)
 
 
-# Packed query rows up to which the decode kernel answers; beyond, the forward kernel reads K and V
-# less often. Not yet measured.
+# On mma.sync: a head of the forward kernel takes one tile of 256 rows at least, however few tokens
+# fill it. So many row tiles of this kernel cost less: 0.41 of it each, at d 128 on an H200.
+ROW_TILES_A_HEAD = 2
+# On tcgen05, whose forward kernel packs heads too: so many packed rows.
 MAX_PACKED_ROWS = 128
 
 
@@ -67,7 +69,7 @@ def decodes(p: AttentionProblem, prefill_is_general: bool = False) -> bool:
         return False
     if not prefill_is_general:
         either = p.num_splits > 1 or (p.num_splits == 0 and p.kv_layout is Layout.PAGED)
-        few = packed_rows(p) <= MAX_PACKED_ROWS
+        few = p.seqlen_q <= ROW_TILES_A_HEAD * configurations(p)[-1].rows
         return bool(p.pack_gqa) or (few and (p.pack_gqa is None or either))
     if p.pack_gqa is False or p.num_heads // p.num_heads_kv > MAX_PACKED_ROWS:
         return bool(p.pack_gqa)
@@ -113,16 +115,21 @@ def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, 
     return key, num_splits
 
 
-def choose_config(p: AttentionProblem) -> DecodeConfig:
-    """The narrowest rows of the table that hold the head dimensions, in the fewest row tiles."""
+def configurations(p: AttentionProblem) -> tuple[DecodeConfig, ...]:
+    """The narrowest rows of the table that hold the head dimensions."""
     odd_box = p.page_size is not None and p.page_size % 2 == 1
-    configs = next(
+    return next(
         configs
         for width, configs in decode_rows(1 if p.fp8_kv else 2).items()
         # Rows of 64 bytes begin at a multiple of 128 only every second time: see common.kv.
         if width >= max(p.head_dim, p.head_dim_v)
         and not (odd_box and configs[0].swizzle_elements < 64)
     )
+
+
+def choose_config(p: AttentionProblem) -> DecodeConfig:
+    """That with the fewest row tiles."""
+    configs = configurations(p)
     return next((cfg for cfg in configs if cfg.rows >= packed_rows(p)), configs[-1])
 
 

@@ -116,9 +116,9 @@ def decode_rows(kv_bytes: int) -> dict[int, tuple[DecodeConfig, ...]]:
 # spills 8 bytes for sm_120a and sm_121a, and 88 for sm_100a and sm_103a in the kernel with every
 # step. Only d 128 has been timed, on an H200: see docs/design.md.
 DECODE_ROWS: dict[int, tuple[DecodeConfig, ...]] = {
-    64: (_row(64, 16, 10, 2), _row(64, 32, 10, 2)),
-    96: (_row(96, 16, 7, 2), _row(96, 32, 7, 1)),
-    128: (_row(128, 16, 5, 2), _row(128, 32, 5, 1, spills=88)),
+    64: (_row(64, 16, 12, 2), _row(64, 32, 12, 2)),
+    96: (_row(96, 16, 8, 2), _row(96, 32, 8, 1)),
+    128: (_row(128, 16, 6, 2), _row(128, 32, 6, 1, spills=88)),
     192: (_row(192, 16, 4, 1),),
     256: (_row(256, 16, 3, 1),),
 }

@@ -98,8 +98,10 @@ class Case:
 
     @property
     def decodes(self) -> bool:
-        """Whether the GPU's decode kernel answers."""
-        return self.dropout_p == 0 and self.packed_rows <= 128
+        """Whether the decode kernel of mma.sync answers."""
+        widest = max(self.d, self.d_v or self.d)
+        few = max(self.seqlens_q, default=0) <= (64 if widest <= 128 else 32)
+        return self.dropout_p == 0 and few and self.pack_gqa is not False
 
     @property
     def has_steps(self) -> bool:

@@ -35,8 +35,8 @@ def test_many_rows_and_few(fa4, card, variant):  # noqa: F811
     assert type(key).__name__ == "ForwardKey" and key.has_fp8_kv and key.variant == variant
     assert (key.family, key.has_k_descale, key.has_v_descale) == ("sm120", True, False)
     assert "keys of e4m3" in make_plan(fp8(fa4)).explain()
-    assert type(make_plan(fp8(fa4, seqlen_q=32)).key).__name__ == "DecodeKey"
-    assert type(make_plan(fp8(fa4, seqlen_q=33)).key).__name__ == "ForwardKey"
+    assert type(make_plan(fp8(fa4, seqlen_q=64)).key).__name__ == "DecodeKey"
+    assert type(make_plan(fp8(fa4, seqlen_q=65)).key).__name__ == "ForwardKey"
     assert not make_plan(gpu_problem(fa4, seqlen_q=300)).key.has_fp8_kv
 
 

@@ -30,7 +30,8 @@ def test_pages(fa4, card, page_size, box_n, gathers):  # noqa: F811
 def test_few_rows_and_other_cards_decode(fa4, card):  # noqa: F811
     few = paged(fa4, 16, seqlen_q=1)
     assert type(card(B200).make_plan(few).key).__name__ == "DecodeKey"
-    assert type(card((12, 0)).make_plan(paged(fa4, 16)).key).__name__ == "DecodeKey"
+    assert type(card((12, 0)).make_plan(paged(fa4, 16, seqlen_q=64)).key).__name__ == "DecodeKey"
+    assert type(card((12, 0)).make_plan(paged(fa4, 16, seqlen_q=65)).key).__name__ == "ForwardKey"
     # What must not depend on the number of queries takes the same kernel for few.
     apart = paged(fa4, 16, seqlen_q=1, pack_gqa=False, num_splits=1)
     assert card(B200).make_plan(apart).key.family == "sm100"

@@ -82,7 +82,7 @@ class DecodeSm120:
     @cute.jit
     def launch(self, args: DecodeArgs, tma, grid: DecodeGrid, stream):
         self.kernel(args, ((tma[0][0], tma[0][1]), (tma[1][0], tma[1][1])), grid).launch(
-            grid=[grid.num_ctas(), 1, 1],
+            grid=grid.shape(),
             block=[self.cfg.num_threads, 1, 1],
             stream=stream,
             min_blocks_per_mp=self.cfg.ctas_per_sm,

@@ -22,14 +22,15 @@ class DecodeLoadRole:
     def run(self):
         kv_ring, reach = self.kv_ring, self.k.reach
         places = self.k.look_up(self.work.hi - 1)
-        # The table is read while the ring is full.
-        following = self.k.look_up(self.work.hi - 1 - reach)
+        following = cute.make_fragment_like(places)
         for i in cutlass.range(self.work.hi - self.work.lo, unroll=1):
             block, turn = self.work.hi - 1 - i, i % reach
             if i > 0 and turn == 0:
                 places.store(following.load())
-                following.store(self.k.look_up(block - reach).load())
             slot = kv_ring.acquire_and_advance()
             self.k.copy(block, slot.index, slot.barrier, (places, turn))
             slot = kv_ring.acquire_and_advance()
             self.v.copy(block, slot.index, slot.barrier, (places, turn))
+            if turn == 0:
+                # The table is read while the ring is full.
+                following.store(self.k.look_up(block - reach).load())

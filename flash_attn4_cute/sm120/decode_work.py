@@ -15,7 +15,7 @@ from ..decode_tiles import DecodeConfig
 
 @dataclass(frozen=True)
 class DecodeGrid:
-    """The CTAs of a launch: row tiles run fastest, then key heads, splits, sequences.
+    """The CTAs of a launch: row tiles run fastest, then key heads, sequences, splits.
 
     Row tiles read the same keys and should meet them in the L2 cache; the same keys of neighbouring
     heads lie side by side in memory.
@@ -27,8 +27,9 @@ class DecodeGrid:
     num_batch: Int32
 
     @cute.jit
-    def num_ctas(self) -> Int32:
-        return self.num_m_tiles * self.num_heads_kv * self.num_splits * self.num_batch
+    def shape(self) -> tuple[Int32, Int32, int]:
+        """Of the launch. Splits are few enough for a dimension of their own: no division."""
+        return self.num_m_tiles * self.num_heads_kv * self.num_batch, self.num_splits, 1
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,10 @@ class DecodeWork:
         cfg: Constexpr[DecodeConfig], rule: Constexpr[Any], args: DecodeArgs, grid: DecodeGrid
     ) -> "DecodeWork":
         """The share of this CTA. Depends on the sequence's own lengths and on num_splits alone."""
-        index, _, _ = cute.arch.block_idx()
-        m_tile = index % grid.num_m_tiles
-        index = index // grid.num_m_tiles
-        kv_head = index % grid.num_heads_kv
-        index = index // grid.num_heads_kv
-        split = index % grid.num_splits
-        batch = index // grid.num_splits
+        index, split, _ = cute.arch.block_idx()
+        batch = index // (grid.num_m_tiles * grid.num_heads_kv)
+        index = index % (grid.num_m_tiles * grid.num_heads_kv)
+        kv_head, m_tile = index // grid.num_m_tiles, index % grid.num_m_tiles
         seqlen = SeqlenInfo.of(args, batch)
         group = cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2]) // grid.num_heads_kv
         row = m_tile * cfg.rows
