@@ -66,10 +66,9 @@ class CorrectionRole:
                             self.give_o(tile)
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
                     total, m = self.take_statistics(tile, thread, tile_phase)
-                    rings.o.wait_full(tile, o_phases >> tile & 1)
+                    at = (work, tile, tile, o_phases >> tile & 1)
+                    self.finish(args, at, thread, total, m)
                     o_phases ^= 1 << tile
-                    fence_after_sync()
-                    self.finish(args, (work, tile, tile), thread, total, m)
                 tile_phase ^= 1
             elif work.token < work.seqlen.seqlen_q:
                 for tile in cutlass.range_constexpr(self.cfg.q_tiles):
@@ -118,14 +117,15 @@ class CorrectionRole:
 
     @cute.jit
     def finish(self, args: ForwardArgs, at: tuple, thread, total, m):
-        """Divide O by l, store it and the log-sum-exp; a row that saw no key: O = 0, LSE = -inf.
+        """Store the log-sum-exp, and O divided by l; a row that saw no key: O = 0, LSE = -inf.
 
-        `at` is the work, its Q tile, and the slot of P whose products come next: once O has been
-        read they may, while it is still on its way to memory.
+        `at` is the work, its Q tile, the slot of P whose products come next, and the phase in which
+        O is whole: all but O is done by then. Once O has been read the products may come, while it
+        is still on its way to memory.
         A sink, a logit without a value, takes part where there are keys; see OnlineSoftmax.finish.
         If keys are split, the merge adds it.
         """
-        work, tile, slot = at
+        work, tile, slot, o_phase = at
         epilogue = self.epilogue(work, tile, thread)
         empty = total == 0.0
         m_log2 = m * args.softmax_scale * LOG2_E
@@ -142,6 +142,8 @@ class CorrectionRole:
         if const_expr(self.score.dropout):
             factor = factor * args.score.keep_scale
         inverse = 0.0 if empty else factor * cute.arch.rcp_approx(total)
+        self.rings.o.wait_full(tile, o_phase)
+        fence_after_sync()
         epilogue.store_o(args, self.tmem.o[tile], inverse, lambda: self.give_o(slot))
 
     def epilogue(self, work: Work, tile: int, thread: Int32) -> Epilogue:

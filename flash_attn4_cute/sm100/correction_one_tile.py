@@ -10,7 +10,6 @@ from ..arguments import ForwardArgs
 from .correction import CorrectionRole
 from .rings import Cursor
 from .tiles import SCORE_SLOTS, WARP_SIZE, WARPS_PER_GROUP
-from .tmem import fence_after_sync
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,8 @@ class CorrectionOneTileRole(CorrectionRole):
                     self.give_o(block.slot)
                     block = block.next()
                 total, m = self.take_statistics(0, thread, tile_phase)
-                rings.o.wait_full(0, o_phase)
+                self.finish(args, (work, 0, block.slot, o_phase), thread, total, m)
                 o_phase ^= 1
-                fence_after_sync()
-                self.finish(args, (work, 0, block.slot), thread, total, m)
                 block = block.next()
                 tile_phase ^= 1
             elif work.token < work.seqlen.seqlen_q:

@@ -52,8 +52,8 @@ class Epilogue:
     ):
         """Store O * inverse, O in tensor memory from `first_column` on.
 
-        What does not fit the staging memory is held in registers, two columns each, so that O has
-        been read, and the products of the next tile may go on, before the first stores are over.
+        What does not fit the staging memory is held in registers, two columns each: all of O is
+        read before the first stores begin, and the products of the next tile may go on.
         """
         lane = cute.arch.lane_idx()
         warp_row = self.thread - lane
@@ -64,14 +64,27 @@ class Epilogue:
             if const_expr(self.output is not None):
                 wait_until_read(lane)
             cute.arch.sync_warp()
-            for column in cutlass.range_constexpr(start, self.staged_end(start), CHUNK):
-                if const_expr(start >= first):
-                    rounded = _part(held, column - first)
-                else:
-                    rounded = self.rounded(first_column + column, inverse)
-                self.stage(rounded, column - start)
-            if const_expr(self.staged_end(start) == columns == first):
-                when_read()
+            end = self.staged_end(start)
+            if const_expr(start >= first):
+                for column in cutlass.range_constexpr(start, end, CHUNK):
+                    self.stage(_part(held, column - first), column - start)
+            else:
+                last = columns if end == first else end
+                rO = self.load(first_column + start)
+                for column in cutlass.range_constexpr(start, last, CHUNK):
+                    wait_loads()
+                    # The next columns are on their way while these are rounded.
+                    following = rO
+                    if const_expr(column + CHUNK < last):
+                        following = self.load(first_column + column + CHUNK)
+                    rounded = self.rounded(rO, inverse)
+                    if const_expr(column < end):
+                        self.stage(rounded, column - start)
+                    else:
+                        _part(held, column - first).store(rounded.load())
+                    rO = following
+                if const_expr(last == columns):
+                    when_read()
             if const_expr(self.output is None):
                 cute.arch.sync_warp()
                 self.store_staged(args, start)
@@ -84,11 +97,6 @@ class Epilogue:
                         self.output.store(self.work, (self.tile, warp_row), chunk, self.sO)
                 else:
                     self.store_staged(args, start)
-            if const_expr(self.staged_end(start) == first < columns):
-                for column in cutlass.range_constexpr(first, columns, CHUNK):
-                    rounded = self.rounded(first_column + column, inverse)
-                    _part(held, column - first).store(rounded.load())
-                when_read()
 
     def first_held(self) -> int:
         """The first column of O that is held in registers, all that follow are; d_v: none is.
@@ -99,13 +107,15 @@ class Epilogue:
         whole = self.output is not None and self.output.ends_with_memory
         return min(self.staged_columns, columns) if whole else columns
 
-    @cute.jit
-    def rounded(self, column: Constexpr[int], inverse: Float32) -> cute.Tensor:
-        """CHUNK columns of this thread's row of O * inverse, O in tensor memory."""
+    def load(self, column: int) -> cute.Tensor:
+        """CHUNK columns of this thread's row of O in tensor memory; there after `wait_loads`."""
         rO = cute.make_rmem_tensor(CHUNK, Float32)
         TmemRow(column, CHUNK, self.thread).load(rO, CHUNK)
-        wait_loads()
-        for i in cutlass.range_constexpr(0, CHUNK, 2):
+        return rO
+
+    def rounded(self, rO: cute.Tensor, inverse: Float32) -> cute.Tensor:
+        """O * inverse as it is stored."""
+        for i in range(0, CHUNK, 2):
             rO[i], rO[i + 1] = cute.arch.mul_packed_f32x2((rO[i], rO[i + 1]), (inverse, inverse))
         found = cute.make_rmem_tensor(CHUNK, self.sO.element_type)
         found.store(rO.load().to(self.sO.element_type))

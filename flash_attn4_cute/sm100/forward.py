@@ -38,7 +38,7 @@ from .load_one_tile import LoadOneTileRole
 from .mma import MmaRole
 from .mma_one_tile import MmaOneTileRole
 from .output import OutputStore, OutputTile
-from .products import Products, SmemOperand, smem_address, swizzle_columns
+from .products import Products, SmemOperand, smem_address
 from .query import QueryLoader, QueryTile
 from .rings import Rings
 from .rows import RowMap, pack_heads
@@ -52,6 +52,7 @@ from .tiles import (
     STAGED_BYTES,
     TMEM_COLUMNS,
     TileConfig,
+    swizzle_columns,
 )
 from .tmem import TmemMap
 from .work import WorkQueue

@@ -63,8 +63,8 @@ class LoadRole:
             for _ in cutlass.range_constexpr(cfg.kv_stages):
                 self.rings.kv.wait_empty(kv.slot, kv.phase)
                 kv = kv.next()
-            for tile in cutlass.range_constexpr(cfg.q_tiles):
-                self.rings.q.wait_empty(tile, q_phase)
+            for slot in cutlass.range_constexpr(cfg.q_tiles * cfg.q_parts):
+                self.rings.q.wait_empty(slot, q_phase)
 
     @cute.jit
     def clear_idle_rows(self):

@@ -43,14 +43,11 @@ class MmaOneTileRole(MmaRole):
                         k, v = v, k
                     kv = kv.next()
                 kv = kv.next()
-                if i == 0:
-                    rings.q.wait_full(0, q_phase)
                 rings.kv.wait_full(k.slot, k.phase)
-                self.issue_block_qk(s.slot, k.slot)
+                uses_q = (q_phase, i == 0, i == work.num_blocks - 1)
+                self.issue_block_qk(s.slot, k.slot, uses_q)
                 self.free(rings.kv, k.slot)
                 s = s.next()
-                if i == work.num_blocks - 1:
-                    self.free(rings.q, 0)
                 if pending:
                     rings.kv.wait_full(v.slot, v.phase)
                     self.issue_block_pv(p.slot, v.slot, p.phase, adds)
@@ -66,13 +63,26 @@ class MmaOneTileRole(MmaRole):
             self.free(rings.kv, kv.slot)
 
     @cute.jit
-    def issue_block_qk(self, scores: Int32, slot: Int32):
-        """S = Q K^T for the block of K in `slot`, into the slot `scores` of tensor memory."""
+    def issue_block_qk(self, scores: Int32, slot: Int32, uses_q: tuple):
+        """S = Q K^T for the block of K in `slot`, into the slot `scores` of tensor memory.
+
+        `uses_q`: the phase of Q, and whether this is the first and the last block to need it. Its
+        parts are awaited and given back one by one, so that the next Q comes in time.
+        """
+        phase, first, last = uses_q
         cfg = self.products.cfg
         target = (self.tmem.s_at(scores), self.products.instruction(BLOCK_N, False), cfg.ctas)
         q, k = (self.q, self.lower_q(0, slot)), (self.k, self.k.lower(slot))
+        per_part = cfg.head_dim // STEP // cfg.q_parts
+        for part in cutlass.range_constexpr(cfg.q_parts):
+            if first:
+                self.rings.q.wait_full(part, phase)
+            steps = range(part * per_part, (part + 1) * per_part)
+            with cute.arch.elect_one():
+                multiply(target, q, k, steps, int(part > 0))
+            if last:
+                self.free(self.rings.q, part)
         with cute.arch.elect_one():
-            multiply(target, q, k, range(cfg.head_dim // STEP), 0)
             self.rings.s.commit_full("mma", scores)
 
     @cute.jit

@@ -12,7 +12,7 @@ from cutlass import Constexpr, Int32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
 
-from .tiles import BLOCK_M, SWIZZLE_COLUMNS, TileConfig
+from .tiles import BLOCK_M, TileConfig, swizzle_columns
 
 STEP = 16  # of the contraction, one instruction
 UNIT = 16  # bytes, in which descriptors count
@@ -21,11 +21,6 @@ FLOAT32_ACCUMULATOR = 1 << 4
 TRANSPOSED_B = 1 << 16  # B with the row index contiguous
 DESCRIPTOR_VERSION = 1 << 46 - 32  # in the upper word, like the swizzle
 SWIZZLES = {128: 2 << 61 - 32, 64: 4 << 61 - 32, 32: 6 << 61 - 32}  # by bytes of an atom's rows
-
-
-def swizzle_columns(columns: int) -> int:
-    """16-bit columns of one swizzle atom: the widest of 64, 32, 16 that divides `columns`."""
-    return next(n for n in SWIZZLE_COLUMNS if columns % n == 0)
 
 
 @dataclass(frozen=True)

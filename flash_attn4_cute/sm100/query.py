@@ -92,13 +92,16 @@ class QueryLoader:
     def load(self, boxes: tuple, work: Work, tile: Constexpr[int], phase: Int32):
         """One Q tile of `work`, whose `boxes` are given."""
         cfg, (tQsQ, tQgQ) = self.cfg, boxes
-        self.ring.wait_empty(tile, phase)
-        self.ring.expect("load", tile, self.tile.num_bytes)
         source = (work.tile.m_block * cfg.q_tiles + tile) * cfg.ctas + pair.rank(cfg.ctas)
-        for chunk in cutlass.range_constexpr(self.tile.block.num_chunks):
-            cute.copy(
-                self.atom,
-                tQgQ[None, source, chunk],
-                tQsQ[None, chunk, tile],
-                tma_bar_ptr=self.ring.full(tile),
-            )
+        per_part = self.tile.block.num_chunks // cfg.q_parts
+        for part in cutlass.range_constexpr(cfg.q_parts):
+            slot = tile * cfg.q_parts + part
+            self.ring.wait_empty(slot, phase)
+            self.ring.expect("load", slot, self.tile.num_bytes // cfg.q_parts)
+            for chunk in cutlass.range_constexpr(part * per_part, (part + 1) * per_part):
+                cute.copy(
+                    self.atom,
+                    tQgQ[None, source, chunk],
+                    tQsQ[None, chunk, tile],
+                    tma_bar_ptr=self.ring.full(slot),
+                )

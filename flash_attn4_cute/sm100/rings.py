@@ -161,7 +161,7 @@ class Cursor:
 class Rings:
     """All rings of the kernel. A dash: nobody has to free the slot, what orders it is said there.
 
-        q       Load -> Mma                 a Q tile                        freed by Mma
+        q       Load -> Mma                 a Q tile, or columns of it      freed by Mma
         kv      Load or Gather -> Mma       a block of K or V               freed by Mma
         s       Mma -> Softmax              S in tensor memory              - or, P apart, Softmax
         p       Softmax, Correction -> Mma  first part of P, rescaled O     -
@@ -217,7 +217,7 @@ class Rings:
         # Copies of cp.async arrive by themselves, but not at another CTA's barrier.
         bringer = "gather" if cfg.gathers and cfg.ctas == 1 else "load"
         return Rings(
-            q=ring("q", cfg.q_tiles, "load", "mma", "mma"),
+            q=ring("q", cfg.q_tiles * cfg.q_parts, "load", "mma", "mma"),
             kv=ring("kv", cfg.kv_stages, bringer, "mma", "mma"),
             s=ring("s", SCORE_SLOTS, "mma", "softmax", "softmax" if cfg.p_apart else ""),
             p=ring("p", SCORE_SLOTS, "softmax correction", "mma"),

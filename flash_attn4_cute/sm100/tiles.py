@@ -24,6 +24,11 @@ PAGED_STACK_BYTES = 8
 PAIRS_PER_UNIT = 16  # pairs of columns: the unit in which exponentials are moved to the FMA units
 
 
+def swizzle_columns(columns: int) -> int:
+    """16-bit columns of one swizzle atom: the widest of 64, 32, 16 that divides `columns`."""
+    return next(n for n in SWIZZLE_COLUMNS if columns % n == 0)
+
+
 @dataclass(frozen=True, slots=True)
 class RegisterBudget:
     """Registers a thread of each warpgroup after `setmaxnreg`."""
@@ -138,6 +143,12 @@ class TileConfig:
     @property
     def block_n(self) -> int:
         return BLOCK_N
+
+    @property
+    def q_parts(self) -> int:
+        """Slots of a Q tile. Of two, one is loaded behind the products of the other; of one, the
+        columns of a swizzle atom come and go by themselves, behind the products of the rest."""
+        return 1 if self.q_tiles == 2 else self.head_dim // swizzle_columns(self.head_dim)
 
     @property
     def num_threads(self) -> int:
