@@ -83,7 +83,7 @@ def dequantised(xs: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
 def repeated(case: Case, xs: list[Tensor]) -> list[Tensor]:
     """What expanded tensors hold: the first sequence's or the first head's tokens throughout."""
     if case.strides == "expanded_batch":
-        return [xs[0]] * len(xs)
+        return xs[:1] * len(xs)
     return [x[:, :1].expand_as(x) for x in xs] if case.strides == "expanded_heads" else xs
 
 

@@ -145,6 +145,7 @@ class BoxCopies:
     tXsX: Any  # (copy, chunks, boxes, stages), or without chunks if a copy takes all of them
     tXgX: Any  # (copy, boxes, chunks, ...), chunks being two modes if a copy takes all of them
     first_chunk: Any
+    policy: Any = None  # of the L2 cache, one of common.tma's; None is its own
 
     @staticmethod
     @cute.jit
@@ -154,6 +155,7 @@ class BoxCopies:
         sX: cute.Tensor,
         mX: cute.Tensor,
         first_chunk: Any,
+        policy: Any = None,
     ):
         """`atom` from KvTile.tma_load, `sX` by KvTile.box_layout, mX the TMA tensor of a head."""
         modes = tile.rank
@@ -168,7 +170,7 @@ class BoxCopies:
             cute.group_modes(sX, 0, modes),
             cute.group_modes(gX, 0, modes),
         )
-        return BoxCopies(tile, atom, tXsX, tXgX, first_chunk)
+        return BoxCopies(tile, atom, tXsX, tXgX, first_chunk, policy)
 
     @cute.jit
     def copy(self, source: tuple, target: tuple, barrier: cute.Pointer):
@@ -176,12 +178,12 @@ class BoxCopies:
         box, page = source[0], source[1:]
         if const_expr(self.tile.whole_boxes):
             gX, sX = self.tXgX[(None, box, 0, 0, *page)], self.tXsX[(None, *target)]
-            cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier)
+            cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier, cache_policy=self.policy)
         else:
             for chunk in cutlass.range_constexpr(self.tile.num_chunks):
                 gX = self.tXgX[(None, box, self.first_chunk + chunk, *page)]
                 sX = self.tXsX[(None, chunk, *target)]
-                cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier)
+                cute.copy(self.atom, gX, sX, tma_bar_ptr=barrier, cache_policy=self.policy)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,14 @@ class DenseKv:
 
     @staticmethod
     @cute.jit
-    def of(tile: Constexpr[KvTile], tma, sX: cute.Tensor, where, first_chunk: Any = 0):
+    def of(
+        tile: Constexpr[KvTile],
+        tma,
+        sX: cute.Tensor,
+        where,
+        first_chunk: Any = 0,
+        policy: Any = None,
+    ):
         """`tma` from KvTile.tma_load, `sX` by KvTile.box_layout, `where` (head, batch, offset)."""
         atom, mX = tma
         head, batch, offset = where
@@ -200,7 +209,7 @@ class DenseKv:
         if const_expr(cute.rank(mX) == tile.rank + 1):
             mX = mX[(*(None,) * tile.rank, batch)]
         mX = cute.domain_offset((offset, *(0,) * (tile.rank - 1)), mX)
-        return DenseKv(BoxCopies.of(tile, atom, sX, mX, first_chunk))
+        return DenseKv(BoxCopies.of(tile, atom, sX, mX, first_chunk, policy))
 
     @property
     def reach(self) -> int:
@@ -238,14 +247,20 @@ class PagedKv:
     @staticmethod
     @cute.jit
     def of(
-        tile: Constexpr[KvTile], tma, sX: cute.Tensor, where, mPages: cute.Tensor, first_chunk=0
+        tile: Constexpr[KvTile],
+        tma,
+        sX: cute.Tensor,
+        where,
+        mPages: cute.Tensor,
+        first_chunk: Any = 0,
+        policy: Any = None,
     ):
         """`tma` of (page_size, d, heads, pages); `where` is (head, seqlen_k)."""
         atom, mX = tma
         head, seqlen = where
         mX = tile.of_head(mX, head)
         page_size, num_pages = cute.size(mX, mode=[0]), cute.size(mX, mode=[tile.rank])
-        copies = BoxCopies.of(tile, atom, sX, mX, first_chunk)
+        copies = BoxCopies.of(tile, atom, sX, mX, first_chunk, policy)
         return PagedKv(copies, mPages, Int32(page_size), Int32(num_pages), seqlen)
 
     @property

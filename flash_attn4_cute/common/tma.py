@@ -7,6 +7,9 @@ from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of one atom: 128, 64 and 32 bytes
+# Policies of the L2 cache as `createpolicy` makes them, for all of a copy's bytes.
+EVICT_NORMAL = 0x1000000000000000
+EVICT_FIRST = 0x12F0000000000000
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ class DecodeSm120:
         """Where blocks of K or V come from."""
         seqlen = work.seqlen
         if args.mPageTable is not None:
-            where = (work.kv_head, seqlen.seqlen_k)
-            return PagedKv.of(tile, tma, boxes, where, args.mPageTable[work.batch, None])
+            where, mPages = (work.kv_head, seqlen.seqlen_k), args.mPageTable[work.batch, None]
+            return PagedKv.of(tile, tma, boxes, where, mPages, policy=work.policy())
         where = (work.kv_head, seqlen.batch_k, seqlen.offset_k)
-        return DenseKv.of(tile, tma, boxes, where)
+        return DenseKv.of(tile, tma, boxes, where, policy=work.policy())

@@ -5,10 +5,11 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, const_expr
+from cutlass import Constexpr, Int32, Int64, const_expr
 
 from ..common.mask import BandMask
 from ..common.seqlen import SeqlenInfo
+from ..common.tma import EVICT_FIRST, EVICT_NORMAL
 from ..decode_arguments import DecodeArgs
 from ..decode_tiles import DecodeConfig
 
@@ -51,6 +52,12 @@ class DecodeWork:
     full_lo: Int32
     full_hi: Int32
     mask: BandMask
+    num_m_tiles: Int32
+
+    @cute.jit
+    def policy(self) -> Int64:
+        """Of the L2 cache for keys and values: read once, they make room first."""
+        return Int64(EVICT_FIRST) if self.num_m_tiles == 1 else Int64(EVICT_NORMAL)
 
     @staticmethod
     @cute.jit
@@ -90,4 +97,5 @@ class DecodeWork:
             full_lo,
             full_hi,
             mask,
+            grid.num_m_tiles,
         )
