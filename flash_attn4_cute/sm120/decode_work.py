@@ -13,6 +13,8 @@ from ..common.tma import EVICT_FIRST, EVICT_NORMAL
 from ..decode_arguments import DecodeArgs
 from ..decode_tiles import DecodeConfig
 
+LINE_BYTES = 128
+
 
 @dataclass(frozen=True)
 class DecodeGrid:
@@ -69,6 +71,8 @@ class DecodeWork:
         batch = index // (grid.num_m_tiles * grid.num_heads_kv)
         index = index % (grid.num_m_tiles * grid.num_heads_kv)
         kv_head, m_tile = index // grid.num_m_tiles, index % grid.num_m_tiles
+        if const_expr(args.mPageTable is not None):
+            prefetch(args.mPageTable[batch, None])  # while the length is on its way
         seqlen = SeqlenInfo.of(args, batch)
         group = cute.size(args.mQ, mode=[cute.rank(args.mQ) - 2]) // grid.num_heads_kv
         row = m_tile * cfg.rows
@@ -99,3 +103,12 @@ class DecodeWork:
             mask,
             grid.num_m_tiles,
         )
+
+
+@cute.jit
+def prefetch(mX: cute.Tensor):
+    """Bring mX (n) to the L2 cache, a line a thread of the CTA."""
+    thread, _, _ = cute.arch.thread_idx()
+    first = thread * (LINE_BYTES * 8 // mX.element_type.width)
+    if first < cute.size(mX):
+        cute.arch.prefetch((mX.iterator + first).llvm_ptr, cache_level="L2")
