@@ -11,6 +11,7 @@ Columns of a clock, with W warps:
     W .. 2W-1        the same, as far as fence.proxy.async has made its writes visible to TMA
     2W               never reached: the time of a copy that nobody has waited for
     2W+1 ..          phases of each mbarrier that are known to be over
+    behind those     accesses to tensor memory that are known to be over (tmem_races.py)
 
 What a TMA load wrote is known to those who know that phase of its mbarrier. A TMA store reads until
 `wait_group.read`. Stores that change nothing are not races: warps may write the same value.
@@ -29,6 +30,7 @@ from ..findings import Findings, Race, Unmodelled
 
 WORD = 4  # bytes that share a record
 MAX_BARRIERS = 256
+TMEM_KINDS = 3  # of accesses to tensor memory
 PENDING = np.int32(2**31 - 1)
 
 
@@ -58,7 +60,8 @@ class RaceChecker:
     def __init__(self, num_warps: int, size: int, findings: Findings) -> None:
         self.findings = findings
         self.W = num_warps
-        self.columns = 2 * num_warps + 1 + MAX_BARRIERS
+        self.tmem = 2 * num_warps + 1 + MAX_BARRIERS  # first of the columns of tensor memory
+        self.columns = self.tmem + TMEM_KINDS * num_warps
         self.clock = np.zeros((num_warps, self.columns), np.int32)
         self.own = np.arange(num_warps)
         self.clock[self.own, self.own] = 1

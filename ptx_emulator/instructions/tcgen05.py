@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..check.tmem_fences import fences_of
+from ..check.tmem_races import LOAD, STORE, TmemRaces
 from ..findings import BarrierFault, Misaligned, Race, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
@@ -28,7 +29,9 @@ from .registry import instruction
 def tensor_memory(cta: Any) -> TensorMemory:
     """The tensor memory of a CTA."""
     if "tmem" not in cta.state:
-        cta.state["tmem"] = TensorMemory(f"CTA {cta.ctaid}")
+        memory = cta.state["tmem"] = TensorMemory(f"CTA {cta.ctaid}")
+        if cta.race is not None:
+            memory.races = TmemRaces(cta.race, cta.machine.findings.fences)
     return cta.state["tmem"]
 
 
@@ -85,7 +88,7 @@ def dealloc(e: Emitter, ins: Instruction) -> None:
 def run_dealloc(g: Gang, address: Any, columns: Any, group: int, mask: Any) -> None:
     for warp in whole_warps(g, mask):
         first, number = at_lane(address, 32 * warp), at_lane(columns, 32 * warp)
-        tensor_memory(g.cta).release(first, number, group)
+        tensor_memory(g.cta).release(first, number, group, int(g.warps[warp]))
 
 
 @instruction("tcgen05.relinquish_alloc_permit")
@@ -228,12 +231,14 @@ def places(g: Gang, address: Any, cells: Access, mask: Any) -> list[Place]:
 
 
 def _order(g: Gang, place: Place, region: Region, writes: bool) -> None:
-    """Look for the fences that order an access behind those of other warps."""
-    watch = fences_of(g.cta)
+    """Look for what orders an access behind those of others, the fences included."""
+    what, warp = f"a tcgen05.{'st' if writes else 'ld'}", int(g.warps[place.position])
+    races, watch = tensor_memory(g.cta).races, fences_of(g.cta)
+    if races is not None:
+        races.access(STORE if writes else LOAD, warp, region, writes, what)
     if watch is not None:
-        agent = g.cta.rank, int(g.warps[place.position])
-        watch.check(agent, g.cta.rank, region, writes, f"a tcgen05.{'st' if writes else 'ld'}")
-        watch.log(agent, g.cta.rank, region, writes)
+        watch.check((g.cta.rank, warp), g.cta.rank, region, writes, what)
+        watch.log((g.cta.rank, warp), g.cta.rank, region, writes)
 
 
 def load(g: Gang, address: Any, cells: Access, mask: Any) -> np.ndarray:
@@ -288,12 +293,23 @@ def wait_st(e: Emitter, ins: Instruction) -> None:
 def run_wait_st(g: Gang, mask: Any) -> None:
     memory = tensor_memory(g.cta)
     for position in whole_warps(g, mask):
-        g.cta.machine.queue.finish(memory.stores.pop(int(g.warps[position]), ()))
+        warp = int(g.warps[position])
+        g.cta.machine.queue.finish(memory.stores.pop(warp, ()))
+        if memory.races is not None:
+            memory.races.waited(STORE, warp)
 
 
 @instruction("tcgen05.wait::ld")
 def wait_ld(e: Emitter, ins: Instruction) -> None:
-    """Loads have taken effect when they were issued."""
+    """Loads have taken effect when they were issued; sessions may ask for the wait."""
+    e.line(e.call(run_wait_ld, "g", e.mask))
+
+
+def run_wait_ld(g: Gang, mask: Any) -> None:
+    races = tensor_memory(g.cta).races
+    if races is not None:
+        for position in whole_warps(g, mask):
+            races.waited(LOAD, int(g.warps[position]))
 
 
 @instruction("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
@@ -344,7 +360,10 @@ def run_commit(g: Gang, address: Any, ranks: Any, mask: Any) -> None:
 def _arrive(targets: list[tuple[Any, Any]], cta: Any, warp: int) -> Any:
     race, watch = cta.race, fences_of(cta)
     known = None if race is None else race.depart(warp)
-    reading = tensor_memory(cta).reading.pop(warp, [])
+    memory = tensor_memory(cta)
+    if memory.races is not None:
+        memory.races.committed(warp, known)
+    reading = memory.reading.pop(warp, [])
 
     def run() -> None:
         if watch is not None:

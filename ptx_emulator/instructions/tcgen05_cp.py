@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.tmem_races import PIPE
 from ..findings import TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.descriptors import MatrixDescriptor, decode, read_units, units
@@ -63,8 +64,11 @@ def issue(g: Gang, address: Any, descriptor: Any, shape: Any, group: int, mask: 
         before = (memory.pipes[warp],) if warp in memory.pipes else ()
         op = AsyncOp("tcgen05.cp", _copy(ctas, desc, shape, region), before, owner=g.cta)
         for cta in ctas:
-            tensor_memory(cta).in_pipe(region, True, "a tcgen05.cp")
-            tensor_memory(cta).fly(op, region, True)
+            target = tensor_memory(cta)
+            target.in_pipe(region, True, "a tcgen05.cp")
+            if target.races is not None:
+                target.races.access(PIPE, warp, region, True, "a tcgen05.cp")
+            target.fly(op, region, True)
         memory.pipes[warp] = g.cta.machine.queue.add(op)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ..check.tmem_fences import FenceWatch, fences_of
+from ..check.tmem_races import PIPE
 from ..findings import DescriptorFault, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.descriptors import decode, operand, words
@@ -170,7 +171,7 @@ def issue(g: Gang, operands: tuple[Any, ...], flags: tuple[Any, ...], mask: Any)
         if watch is not None:
             product.look_for_fences(watch, agent)
         op = AsyncOp("tcgen05.mma", product.told(watch, agent), before, owner=g.cta)
-        product.claim(op)
+        product.claim(op, warp)
         for kind, nbytes in product.traffic().items():
             g.cta.machine.traffic[kind][warp] += nbytes
         memory.pipes[warp] = g.cta.machine.queue.add(op)
@@ -236,11 +237,13 @@ class Product:
             return [Region(*columns)]
         return [Region(*columns, at, at + 16) for at in range(self.shift, LANES, 32)]
 
-    def claim(self, op: AsyncOp) -> None:
-        """Check the cells that the product touches, and mark them as in flight."""
+    def claim(self, op: AsyncOp, warp: int) -> None:
+        """Check the cells that a product of `warp` touches, and mark them as in flight."""
         for cta, region, writes in self.touched():
-            memory = tensor_memory(cta)
-            memory.in_pipe(region, writes, f"a tcgen05.mma's {'D' if writes else 'A'}")
+            memory, what = tensor_memory(cta), f"a tcgen05.mma's {'D' if writes else 'A'}"
+            memory.in_pipe(region, writes, what)
+            if memory.races is not None:
+                memory.races.access(PIPE, warp, region, writes, what)
             memory.fly(op, region, writes)
 
     def touched(self) -> list[tuple[Any, Region, bool]]:

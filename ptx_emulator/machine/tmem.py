@@ -46,6 +46,7 @@ class TensorMemory:
     pipes: dict[int, AsyncOp] = field(default_factory=dict)  # newest operation of each warp
     reading: dict[int, list[Any]] = field(default_factory=dict)  # of shared memory, by products
     waiting: list[Any] = field(default_factory=list)  # gangs that wait for columns
+    races: Any = None  # check/tmem_races.py, unless races are not looked for
 
     # ---- allocation ----
     def allocate(self, columns: int, group: int) -> int | None:
@@ -60,16 +61,21 @@ class TensorMemory:
             if all(first + columns <= a or a + n <= first for a, (n, _) in self.allocated.items()):
                 self.allocated[first] = (columns, group)
                 self.data[first : first + columns] = 0xFFFFFFFF
+                if self.races is not None:
+                    self.races.forget(Region(first, first + columns))
                 return first
         return None
 
-    def release(self, address: int, columns: int, group: int) -> None:
+    def release(self, address: int, columns: int, group: int, warp: int) -> None:
         if self.allocated.get(address) != (columns, group):
             raise TmemFault(
                 f"tcgen05.dealloc of {columns} columns at {address:#x} (cta_group::{group}); "
                 f"allocated are {self.allocated}"
             )
-        self.check(Region(address, address + columns), True, "tcgen05.dealloc")
+        region = Region(address, address + columns)
+        self.check(region, True, "tcgen05.dealloc")
+        if self.races is not None:
+            self.races.check(warp, region, True, "a tcgen05.dealloc")
         del self.allocated[address]
         waiting, self.waiting = self.waiting, []
         for gang in waiting:
