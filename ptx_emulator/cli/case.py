@@ -28,6 +28,7 @@ class Case:
     varlen: bool = False
     page_size: int | None = None
     num_splits: int = 1
+    pack_gqa: bool | None = None
     seed: int = 0
 
 

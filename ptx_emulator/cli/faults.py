@@ -3,147 +3,36 @@
 One JSON object comes out: for each subject and kind of fault how often it was noticed and by what
 (the kind of the finding, or "wrong result"), and every fault that no schedule noticed. Only places
 that the faultless run reaches are tried.
+
+Many processes, here or elsewhere, may share a campaign: `--shard I/N --lines FILE` each, and then
+`--merge FILES`.
 """
 
 import argparse
 import faulthandler
 import hashlib
 import json
+import random
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..launch.host import Launch, bootstrap
-from ..machine.cards import card_of
 from ..mutation import KINDS, Fault, faults, planted, sample, verdict
 from ..ptx.program import load
-from ..session import Session, session
-from . import ours, third_party
-from .case import Case, Inputs, judge, make_inputs
+from ..session import Session
+from .case import judge
+from .fault_report import Head, Lines, Outcome, merge, report, summary
+from .subjects import SUBJECTS, Subject, make_steep_inputs
 
 RUN_SECONDS = 300  # of one schedule, on a busy machine; who spins for ever is found sooner
-Forward = Callable[[Session, Case, Inputs], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A kernel and the question that it answers while its faults are looked for."""
-
-    arch: str
-    case: Case
-    forward: Forward
-    num_sms: int | None = None  # few, so that a CTA of a persistent kernel has several tiles
-    strict: bool = True  # asks for what upstream's kernels do without
-
-    def session(self, schedule: int) -> Any:
-        card = card_of(self.arch)
-        card = replace(card, num_sms=self.num_sms or card.num_sms)
-        return session(card, schedule, strict="fences" if self.strict else False)
-
-
-def _case(**changes: Any) -> Case:
-    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "seed": 1}
-    return Case(**{"dtype": torch.bfloat16, **sizes, **changes})
-
-
-# The rings turn more than once, and where the kernel is persistent a CTA has several tiles.
-SUBJECTS = {
-    "upstream-sm100a": Subject(
-        "sm_100a",
-        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
-        third_party.forward,
-        num_sms=1,
-        strict=False,
-    ),
-    "upstream-sm100a-causal": Subject(
-        "sm_100a",
-        _case(seqlen_q=300, seqlen_k=600, right=0),
-        third_party.forward,
-        strict=False,
-    ),
-    "ours-sm100a": Subject(
-        "sm_100a",
-        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
-        ours.forward,
-        num_sms=1,
-    ),
-    "ours-sm100a-pair": Subject(
-        "sm_100a",
-        _case(heads=2, kv_heads=2, seqlen_q=200, seqlen_k=300, head_dim=256, head_dim_v=256),
-        ours.forward,
-        num_sms=2,
-    ),
-    "ours-sm100a-varlen": Subject(
-        "sm_100a",
-        _case(
-            dtype=torch.float16,
-            batch=3,
-            seqlen_q=210,
-            seqlen_k=450,
-            head_dim=64,
-            head_dim_v=64,
-            varlen=True,
-        ),
-        ours.forward_in_turn,
-    ),
-    "ours-sm120a": Subject(
-        "sm_120a",
-        _case(heads=2, kv_heads=2, seqlen_q=150, seqlen_k=300, right=0),
-        ours.forward,
-        num_sms=1,
-    ),
-    "ours-sm120a-varlen": Subject(
-        "sm_120a",
-        _case(
-            dtype=torch.float16,
-            batch=2,
-            heads=2,
-            kv_heads=2,
-            seqlen_q=120,
-            seqlen_k=600,
-            head_dim=64,
-            head_dim_v=64,
-            varlen=True,
-        ),
-        ours.forward,
-    ),
-}
-
-
-def make_steep_inputs(case: Case) -> Inputs:
-    """Inputs whose scores grow along the keys in odd heads, and fall in even ones.
-
-    The running maximum then grows from block to block, whichever way a kernel goes through them,
-    so that it has to rescale what it has summed.
-    """
-    inputs = make_inputs(case)
-    keys = inputs.k.shape[-3]
-    steps = torch.linspace(0.25, 4.0, keys)[:, None]
-    odd = torch.arange(case.kv_heads) % 2 == 1
-    inputs.k.mul_(torch.where(odd, steps, steps.flip(0))[..., None])
-    return inputs
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one fault."""
-
-    kind: str
-    line: int  # of the PTX, counted from 1
-    text: str  # what stands there without the fault
-    noticed: str  # "" if it was not
-    schedule: int  # the first that noticed it, or -1
-    idle: bool = False  # it is about an mbarrier that the kernel never uses
 
 
 class Campaign:
@@ -210,83 +99,110 @@ class Campaign:
             return False
         return not self.noticed(Fault("dropped init", fault.line, ("",)), 1)[0]
 
-    def report(self, outcomes: list[Outcome], schedules: int) -> dict[str, Any]:
-        caught = [outcome for outcome in outcomes if outcome.noticed]
-        idle = [outcome for outcome in outcomes if outcome.idle]
-        kinds = {
-            kind: {
-                "faults": sum(o.kind == kind and not o.idle for o in outcomes),
-                "noticed": dict(Counter(o.noticed for o in caught if o.kind == kind)),
-            }
-            for kind in KINDS
-            if any(o.kind == kind for o in outcomes)
-        }
-        return {
-            "ptx_sha256": hashlib.sha256(self.ptx.encode()).hexdigest(),
-            "schedules": schedules,
-            "places": len(self.faults()),
-            "faults": len(outcomes) - len(idle),
-            "caught": len(caught),
-            "by_schedule_0": sum(o.schedule == 0 for o in caught),
-            "kinds": kinds,
-            "survivors": [asdict(o) for o in outcomes if not o.noticed and not o.idle],
-            "in_unused_barriers": [asdict(o) for o in idle],
-        }
+
+Drawn = list[tuple[int, Fault]]  # with their numbers
 
 
-def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The report on a subject. Faults are shared out to processes that know the compiled kernel."""
-    campaign = Campaign(SUBJECTS[name])
-    wanted = sample(campaign.faults(), given.per_kind, given.seed)
+def draw(campaign: Campaign, given: argparse.Namespace) -> Drawn:
+    """The faults that are to be tried, by all shards together."""
+    found = campaign.faults()
+    wanted = sample(found, given.per_kind, given.seed) if given.per_kind else found
     wanted = [fault for fault in wanted if not given.kind or fault.kind in given.kind]
-    outcomes = []
-    with ProcessPoolExecutor(given.jobs, get_context("fork"), _inherit, (campaign,)) as pool:
-        tasks = [pool.submit(_outcome, fault, given.schedules) for fault in wanted]
-        for task in tasks:
-            found = task.result()
-            outcomes.append(found)
-            said = found.noticed or ("unused" if found.idle else "SURVIVED")
-            line = f"{name} line {found.line} {found.kind}: {said} ({found.schedule})"
-            print(f"{line}  {found.text}", file=sys.stderr, flush=True)
-    return campaign.report(outcomes, given.schedules)
+    return list(enumerate(wanted))
 
 
-_inherited: list[Campaign] = []
+def run(names: Sequence[str], given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The reports on subjects. Faults are shared out to processes that know all kernels."""
+    campaigns = {name: Campaign(SUBJECTS[name]) for name in names}
+    drawn = {name: draw(campaign, given) for name, campaign in campaigns.items()}
+    lines, heads = Lines(given.lines), []
+    for name, campaign in campaigns.items():
+        sha, places = hashlib.sha256(campaign.ptx.encode()).hexdigest(), len(campaign.faults())
+        heads.append(Head(name, sha, given.schedules, places, len(drawn[name])))
+        lines.head(heads[-1])
+    outcomes: dict[str, dict[int, Outcome]] = {name: {} for name in names}
+    for (name, number), found in _try_all(campaigns, drawn, given):
+        outcomes[name][number] = found
+        lines.outcome(name, number, found)
+        print(name, found, file=sys.stderr, flush=True)
+    return {
+        head.subject: report(head, [found for _, found in sorted(outcomes[head.subject].items())])
+        for head in heads
+    }
 
 
-def _inherit(campaign: Campaign) -> None:
-    _inherited.append(campaign)
+def _try_all(
+    campaigns: dict[str, Campaign], drawn: dict[str, Drawn], given: argparse.Namespace
+) -> Iterator[tuple[tuple[str, int], Outcome]]:
+    """(subject, number) and outcome of each fault of this shard.
+
+    In random order, so that those who are tried when time is up are a fair sample.
+    """
+    first, step = map(int, given.shard.split("/"))
+    wanted = [(name, *found) for name in drawn for found in drawn[name][first - 1 :: step]]
+    random.Random(given.seed).shuffle(wanted)
+    tasks: dict[Future[Outcome], tuple[str, int]] = {}
+    with ProcessPoolExecutor(given.jobs, get_context("fork"), _inherit, (campaigns,)) as pool:
+        for name, number, fault in wanted:
+            tasks[pool.submit(_outcome, name, fault, given.schedules)] = name, number
+        try:
+            for task in as_completed(tasks, given.seconds):
+                yield tasks.pop(task), task.result()
+        except TimeoutError:
+            pool.shutdown(cancel_futures=True)  # those who have begun end
+    yield from ((who, task.result()) for task, who in tasks.items() if not task.cancelled())
 
 
-def _outcome(fault: Fault, schedules: int) -> Outcome:
+_inherited: dict[str, Campaign] = {}
+
+
+def _inherit(campaigns: dict[str, Campaign]) -> None:
+    _inherited.update(campaigns)
+
+
+def _outcome(name: str, fault: Fault, schedules: int) -> Outcome:
     # A process that hangs says where and ends, and the command with it.
     faulthandler.dump_traceback_later(RUN_SECONDS * schedules, exit=True)
     try:
-        return _inherited[-1].outcome(fault, schedules)
+        return _inherited[name].outcome(fault, schedules)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(prog="python -m ptx_emulator.cli.faults", description=__doc__)
+    p.add_argument("--subject", choices=SUBJECTS, action="append", help="default: all")
+    p.add_argument("--per-kind", type=int, default=12, help="at most so many of a kind; 0: all")
+    p.add_argument("--kind", choices=KINDS, action="append", help="default: all")
+    p.add_argument("--schedules", type=int, default=16)
+    p.add_argument("--seed", type=int, default=0, help="which faults of a kind are drawn")
+    p.add_argument("--jobs", type=int, default=1, help="processes")
+    p.add_argument("--seconds", type=float, help="begin with no other fault after so long")
+    p.add_argument("--shard", default="1/1", help="I/N: every N-th fault, from the I-th on")
+    p.add_argument("--lines", type=Path, help="write each outcome here as soon as it is known")
+    p.add_argument("--merge", type=Path, nargs="+", help="run nothing: report on such files")
+    p.add_argument("--json", type=Path, help="write the report here")
+    return p
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the status is 1 if fewer than 95 % of a subject's faults are caught."""
-    parser = argparse.ArgumentParser(prog="python -m ptx_emulator.cli.faults", description=__doc__)
-    parser.add_argument("--subject", choices=SUBJECTS, action="append", help="default: all")
-    parser.add_argument("--per-kind", type=int, default=12, help="at most so many of a kind")
-    parser.add_argument("--kind", choices=KINDS, action="append", help="default: all")
-    parser.add_argument("--schedules", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0, help="which faults of a kind are drawn")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--json", type=Path, help="write the report here")
-    given = parser.parse_args(arguments)
-    bootstrap()
-    torch.set_num_threads(1)  # a forked process does not have its parent's threads
+    given = parser().parse_args(arguments)
     start = time.perf_counter()
-    reports = {name: run(name, given) for name in given.subject or SUBJECTS}
-    report = {"seconds": round(time.perf_counter() - start), "subjects": reports}
-    text = json.dumps(report, indent=1)
+    if given.merge:
+        reports = merge(given.merge)
+    else:
+        bootstrap()
+        torch.set_num_threads(1)  # a forked process does not have its parent's threads
+        reports = run(given.subject or list(SUBJECTS), given)
+    whole = {"seconds": round(time.perf_counter() - start), "subjects": reports}
+    text = json.dumps(whole, indent=1)
     if given.json:
         given.json.write_text(text + "\n")
     print(text)
+    for name, found in reports.items():
+        print(summary(name, found), file=sys.stderr)
     return int(any(r["caught"] < 0.95 * r["faults"] for r in reports.values()))
 
 

@@ -104,6 +104,7 @@ def problem_of(case: Case, tensors: Any) -> Any:
         mask=_mask(case),
         softcap=case.softcap,
         num_splits=case.num_splits,
+        pack_gqa=case.pack_gqa,
         max_seqlen_q=case.seqlen_q if case.varlen else None,
         max_seqlen_k=case.seqlen_k if case.varlen else None,
         return_lse=True,

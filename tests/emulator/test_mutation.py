@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ptx_emulator import mutation
-from ptx_emulator.cli.faults import SUBJECTS, Campaign
+from ptx_emulator.cli.faults import Campaign
+from ptx_emulator.cli.subjects import SUBJECTS
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "benchmarks" / "results" / "2026-11-29-emulator-faults.json"

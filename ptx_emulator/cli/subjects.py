@@ -1,0 +1,125 @@
+"""The kernels whose faults `cli.faults` looks for, and the questions that they answer meanwhile."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..machine.cards import card_of
+from ..session import Session, session
+from . import ours, third_party
+from .case import Case, Inputs, make_inputs
+
+Forward = Callable[[Session, Case, Inputs], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel and the question that it answers while its faults are looked for."""
+
+    arch: str
+    case: Case
+    forward: Forward
+    num_sms: int | None = None  # few, so that a CTA of a persistent kernel has several tiles
+    strict: bool = True  # asks for what upstream's kernels do without
+
+    def session(self, schedule: int) -> Any:
+        card = card_of(self.arch)
+        card = replace(card, num_sms=self.num_sms or card.num_sms)
+        return session(card, schedule, strict="fences" if self.strict else False)
+
+
+def _case(**changes: Any) -> Case:
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 128, "head_dim_v": 128, "seed": 1}
+    return Case(**{"dtype": torch.bfloat16, **sizes, **changes})
+
+
+# The rings turn more than once, and where the kernel is persistent a CTA has several tiles.
+SUBJECTS = {
+    "upstream-sm100a": Subject(
+        "sm_100a",
+        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
+        third_party.forward,
+        num_sms=1,
+        strict=False,
+    ),
+    "upstream-sm100a-causal": Subject(
+        "sm_100a",
+        _case(seqlen_q=300, seqlen_k=600, right=0),
+        third_party.forward,
+        strict=False,
+    ),
+    "ours-sm100a": Subject(
+        "sm_100a",
+        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
+        ours.forward,
+        num_sms=1,
+    ),
+    "ours-sm100a-pair": Subject(
+        "sm_100a",
+        _case(heads=2, kv_heads=2, seqlen_q=200, seqlen_k=300, head_dim=256, head_dim_v=256),
+        ours.forward,
+        num_sms=2,
+    ),
+    "ours-sm100a-varlen": Subject(
+        "sm_100a",
+        _case(
+            dtype=torch.float16,
+            batch=3,
+            seqlen_q=210,
+            seqlen_k=450,
+            head_dim=64,
+            head_dim_v=64,
+            varlen=True,
+        ),
+        ours.forward_in_turn,
+    ),
+    "ours-sm100a-apart": Subject(
+        "sm_100a",
+        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=600, head_dim=64, head_dim_v=64, right=0),
+        ours.forward,
+        num_sms=1,
+    ),
+    "ours-sm120a": Subject(
+        "sm_120a",
+        _case(heads=2, kv_heads=2, seqlen_q=150, seqlen_k=300, right=0),
+        ours.forward,
+        num_sms=1,
+    ),
+    "ours-sm120a-varlen": Subject(
+        "sm_120a",
+        _case(
+            dtype=torch.float16,
+            batch=2,
+            heads=2,
+            kv_heads=2,
+            seqlen_q=120,
+            seqlen_k=600,
+            head_dim=64,
+            head_dim_v=64,
+            varlen=True,
+        ),
+        ours.forward,
+    ),
+    "ours-sm120a-packed": Subject(
+        "sm_120a",
+        _case(heads=8, kv_heads=2, seqlen_q=18, seqlen_k=600, right=0, pack_gqa=True),
+        ours.forward,
+    ),
+}
+
+
+def make_steep_inputs(case: Case) -> Inputs:
+    """Inputs whose scores grow along the keys in odd heads, and fall in even ones.
+
+    The running maximum then grows from block to block, whichever way a kernel goes through them,
+    so that it has to rescale what it has summed.
+    """
+    inputs = make_inputs(case)
+    keys = inputs.k.shape[-3]
+    steps = torch.linspace(0.25, 4.0, keys)[:, None]
+    odd = torch.arange(case.kv_heads) % 2 == 1
+    inputs.k.mul_(torch.where(odd, steps, steps.flip(0))[..., None])
+    return inputs
