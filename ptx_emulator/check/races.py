@@ -17,7 +17,7 @@ What a TMA load wrote is known to those who know that phase of its mbarrier. A T
 `wait_group.read`. Stores that change nothing are not races: warps may write the same value.
 A tcgen05.commit or a cp.async's arrival brings what its warp knew when it was issued. Arrivals of
 unknown origin would count as if every warp had made them, so that they hide races and invent
-none. Clusters of more than one CTA are not checked.
+none. The CTAs of a pair share one checker (cluster_races.py); larger clusters are not checked.
 """
 
 from collections.abc import Iterable
@@ -55,13 +55,23 @@ class Sync:
 
 
 class RaceChecker:
-    """The clocks of one CTA and the records of its shared memory."""
+    """The clocks of one CTA and the records of its shared memory.
 
-    def __init__(self, num_warps: int, size: int, findings: Findings) -> None:
+    With `ranks`, of a cluster: the warps and the memory of its CTAs follow each other.
+    """
+
+    first_warp = first_word = 0  # of the CTA that asks
+
+    def __init__(self, num_warps: int, size: int, findings: Findings, ranks: int = 1) -> None:
         self.findings = findings
+        self.whole = self
+        self.per_rank = num_warps if ranks > 1 else 0
+        self.size = size
+        num_warps, size = num_warps * ranks, size * ranks
         self.W = num_warps
         self.tmem = 2 * num_warps + 1 + MAX_BARRIERS  # first of the columns of tensor memory
         self.columns = self.tmem + TMEM_KINDS * num_warps
+        self.tmem_count = np.zeros(self.columns, np.int32)  # accesses so far, by their column
         self.clock = np.zeros((num_warps, self.columns), np.int32)
         self.own = np.arange(num_warps)
         self.clock[self.own, self.own] = 1
@@ -94,8 +104,8 @@ class RaceChecker:
         early = warps[self.clock[warps, maker] < time]
         if len(early):
             self._report(
-                f"warp {early[0]} uses the {barrier.name}, not ordered after warp {maker}'s "
-                "mbarrier.init"
+                f"{self.name(early[0])} uses the {barrier.name}, not ordered after "
+                f"{self.name(maker)}'s mbarrier.init"
             )
 
     def release(self, barrier: Any, warps: np.ndarray, arrivals: int = 0) -> None:
@@ -156,7 +166,7 @@ class RaceChecker:
                 row = int(np.flatnonzero(~known.all(axis=1))[0])
                 at = words[row][~known[row]][0]
                 self._report(
-                    f"warp {warps[row]} reads shared offset {int(at) * WORD:#x} without having "
+                    f"{self.name(warps[row])} reads {self.offset(at)} without having "
                     f"waited for {self._origin(at)}"
                 )
 
@@ -170,7 +180,7 @@ class RaceChecker:
         fine = (ordered & others.all(axis=0)).all(axis=1)
         if not (fine | unchanged).all():
             row = int(np.flatnonzero(~(fine | unchanged))[0])
-            self._report_write(f"warp {warp} writes", words[row], clock)
+            self._report_write(f"{self.name(warp)} writes", words[row], clock)
         takes = words[fine | ~unchanged].ravel()
         self.same[:, takes] = False
         self.writer[takes] = warp
@@ -185,10 +195,10 @@ class RaceChecker:
         for warp in np.unique(warps):
             mine = words[warps == warp].ravel()
             clock = self.clock[warp]
-            self._check_visible(f"{name}, issued by warp {warp}, writes", mine, warp, proxy)
+            self._check_visible(f"{name}, issued by {self.name(warp)}, writes", mine, warp, proxy)
             free = (self.reads[:, mine] <= clock[: self.W, None]).all(axis=0)
             if not free.all():
-                self._report_write(f"{name}, issued by warp {warp}, overwrites", mine, clock)
+                self._report_write(f"{name}, issued by {self.name(warp)}, overwrites", mine, clock)
             self.reads[:, mine] = 0
             self.same[:, mine] = False
             self.writer[mine] = 2 * self.W
@@ -212,20 +222,20 @@ class RaceChecker:
 
     def issue_read(self, warp: int, words: np.ndarray, name: str) -> Copy:
         """A store from shared words is issued; it reads until it is waited for."""
-        self._check_visible(f"{name}, issued by warp {warp}, reads", words, warp, True)
+        self._check_visible(f"{name}, issued by {self.name(warp)}, reads", words, warp, True)
         self.reads[warp, words] = PENDING
         return Copy(warp, words)
 
-    def was_read(self, copy: Copy | None, warps: np.ndarray) -> None:
-        """`warps` have waited until a store had read its source."""
-        if copy is not None and not copy.told and copy.warps in warps:
+    def was_read(self, copy: Copy | None, warps: np.ndarray | None = None) -> None:
+        """`warps`, or who issued it, have waited until a store had read its source."""
+        if copy is not None and not copy.told and (warps is None or copy.warps in warps):
             copy.told = True  # later waits cover it too, when its source may be read again
             self.reads[copy.warps, copy.words] = self.clock[copy.warps, copy.warps]
 
     # ---- matrix products ----
     def issue_product(self, warp: int, words: np.ndarray, name: str) -> Copy:
         """A product that reads `words` is issued; it reads until it is known to be over."""
-        self._check_visible(f"{name}, issued by warp {warp}, reads", words, warp, True)
+        self._check_visible(f"{name}, issued by {self.name(warp)}, reads", words, warp, True)
         self.reads[warp, words] = PENDING
         return Copy(warp, words)
 
@@ -245,14 +255,20 @@ class RaceChecker:
             self.reads[copy.warps, pending] = known[copy.warps]
 
     # ---- saying what is wrong ----
+    def name(self, warp: Any) -> str:
+        if not self.per_rank:
+            return f"warp {warp}"
+        return f"warp {int(warp) % self.per_rank} of rank {int(warp) // self.per_rank}"
+
+    def offset(self, word: Any) -> str:
+        return f"shared offset {int(word) * WORD % self.size:#x}"
+
     def _check_visible(self, what: str, words: np.ndarray, warp: int, proxy: bool) -> None:
         clock, writer, written = self.clock[warp], self.writer[words], self.written[words]
         known = clock[writer] >= written
         if not known.all():
             at = words[~known][0]
-            self._report(
-                f"{what} shared offset {int(at) * WORD:#x}, not ordered after {self._origin(at)}"
-            )
+            self._report(f"{what} {self.offset(at)}, not ordered after {self._origin(at)}")
         if not proxy:
             return
         generic = writer < self.W
@@ -260,8 +276,7 @@ class RaceChecker:
         if not fenced.all():
             at = words[~fenced][0]
             self._report(
-                f"{what} shared offset {int(at) * WORD:#x} with no fence.proxy.async after "
-                f"{self._origin(at)}"
+                f"{what} {self.offset(at)} with no fence.proxy.async after {self._origin(at)}"
             )
 
     def _report_write(self, what: str, words: np.ndarray, clock: np.ndarray) -> None:
@@ -270,23 +285,21 @@ class RaceChecker:
             if len(late):
                 pending = (self.reads[warp, late] == PENDING).any()
                 reader = (
-                    f"a bulk store or product of warp {warp}" if pending else f"warp {warp}'s read"
+                    f"a bulk store or product of {self.name(warp)}"
+                    if pending
+                    else f"{self.name(warp)}'s read"
                 )
-                self._report(
-                    f"{what} shared offset {int(late[0]) * WORD:#x}, not ordered after {reader}"
-                )
+                self._report(f"{what} {self.offset(late[0])}, not ordered after {reader}")
                 return
         late = words[clock[self.writer[words]] < self.written[words]]
         if len(late):
             at = late[0]
-            self._report(
-                f"{what} shared offset {int(at) * WORD:#x}, not ordered after {self._origin(at)}"
-            )
+            self._report(f"{what} {self.offset(at)}, not ordered after {self._origin(at)}")
 
     def _origin(self, word: Any) -> str:
         column = int(self.writer[word])
         if column < self.W:
-            return f"warp {column}'s write"
+            return f"{self.name(column)}'s write"
         if column == 2 * self.W:
             return "a copy that is in flight"
         names = [b.name for b, sync in self.syncs.values() if sync.column == column]

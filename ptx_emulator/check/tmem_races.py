@@ -18,17 +18,17 @@ from ..machine.tmem import COLUMNS, LANES, Region
 from .races import RaceChecker
 
 LOAD, STORE, PIPE = range(3)
-NAMES = ("tcgen05.ld of warp {}", "tcgen05.st of warp {}", "product or copy that warp {} issued")
+NAMES = ("tcgen05.ld of {}", "tcgen05.st of {}", "product or copy that {} issued")
 ROWS = 16  # lanes that share a record
 Where = tuple[slice, slice]
 
 
 class TmemRaces:
-    """The records of one CTA's tensor memory."""
+    """The records of one CTA's tensor memory; warps are those of the cluster's checker."""
 
     def __init__(self, race: RaceChecker, loads_end_at_waits: bool) -> None:
         self.race, self.loads_end_at_waits = race, loads_end_at_waits
-        self.count = np.zeros(race.columns, np.int32)  # accesses so far, by their clock's column
+        self.count = race.tmem_count
         size = LANES // ROWS, COLUMNS
         self.writer = np.zeros(size, np.int32)  # column; at time 0 everyone knows of it
         self.written = np.zeros(size, np.int32)
@@ -104,10 +104,11 @@ class TmemRaces:
 
     def _report(self, what: str, region: Region, column: int) -> None:
         kind, warp = divmod(column - self.race.tmem, self.race.W)
+        other = NAMES[kind].format(self.race.name(warp))
         self.race.findings.report(
             Race(
                 f"{what} of columns {region.first} .. {region.last}, lanes {region.low} .. "
-                f"{region.high}: nothing orders it after a {NAMES[kind].format(warp)}"
+                f"{region.high}: nothing orders it after a {other}"
             )
         )
 

@@ -119,7 +119,7 @@ def issue_load(g: Gang, operands: tuple[Any, ...], multicast: Any, pair: bool, m
             run = _load(g, (tensor, at), (place.smem, offset), signal)
             op = AsyncOp("TMA load", run, owner=place)
             count(g, int(lane), tensor.box_bytes)
-            op.mark = note_load(g, int(lane), units)
+            op.mark = note_load(g, int(lane), units, place)
             g.cta.machine.queue.add(told(op, g, signal))
 
 
@@ -142,12 +142,13 @@ def words_of(units: np.ndarray) -> np.ndarray:
     return (units[:, None] * (16 // WORD) + np.arange(16 // WORD)).ravel()
 
 
-def note_load(g: Gang, lane: int, units: np.ndarray) -> Copy | None:
-    """Tell the race checker that a lane lets TMA write 16-byte units of shared memory."""
+def note_load(g: Gang, lane: int, units: np.ndarray, cta: Any) -> Copy | None:
+    """Tell the race checker that a lane lets TMA write 16-byte units of a CTA's memory."""
     if g.cta.race is None:
         return None
     warps = g.warps[lane // 32 : lane // 32 + 1]
-    return g.cta.race.issue_write(warps, words_of(units)[None], "a TMA load", True)
+    words = words_of(units)[None] + g.cta.words_to(cta)
+    return g.cta.race.issue_write(warps, words, "a TMA load", True)
 
 
 def note_store(g: Gang, lane: int, units: np.ndarray) -> Copy | None:
@@ -278,7 +279,7 @@ def issue_flat_load(g: Gang, operands: tuple[Any, ...], from_global: bool, mask:
         run = _flat_load(g, (cta.smem, offset), (source, nbytes, from_global), barrier)
         op = AsyncOp("bulk load", run, owner=cta)
         count(g, int(lane), nbytes)
-        op.mark = note_load(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16))
+        op.mark = note_load(g, int(lane), np.arange(offset // 16, (offset + nbytes) // 16), cta)
         g.cta.machine.queue.add(told(op, g, g.cta.mbarrier(barrier)))
 
 

@@ -121,8 +121,8 @@ def run_arrive(g: Gang, address: Any, noinc: bool, mask: Any) -> None:
         barrier = g.cta.mbarrier(at)
         if not noinc:
             barrier.pending += lanes
-        if barrier.watch is not None:
-            barrier.watch.release(barrier, naming(g, address, at, mask), lanes)
+        if g.cta.race is not None:
+            g.cta.race.release(barrier, naming(g, address, at, mask), lanes)
         run = _arrival(g, barrier, lanes, _untold(before))
         g.cta.machine.queue.add(AsyncOp("cp.async.mbarrier.arrive", run, before, owner=g.cta))
 

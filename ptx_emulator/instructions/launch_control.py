@@ -48,7 +48,7 @@ def issue(g: Gang, address: Any, barrier: Any, everyone: bool, mask: Any) -> Non
             cta.smem.shadow[offset : offset + NBYTES] = IN_FLIGHT
             run = _respond(g, answer, (cta.smem, offset), counts)
             op = AsyncOp("clusterlaunchcontrol.try_cancel", run, owner=cta)
-            op.mark = note_load(g, int(lane), np.array([offset // NBYTES]))
+            op.mark = note_load(g, int(lane), np.array([offset // NBYTES]), cta)
             machine.queue.add(told(op, g, counts))
 
 

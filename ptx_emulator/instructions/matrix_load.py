@@ -9,6 +9,7 @@ import numpy as np
 
 from ..findings import Unmodelled
 from ..machine.gang import Gang
+from ..machine.memory import RANK_SHIFT
 from ..ptx.emit import Emitter
 from ..ptx.syntax import Instruction
 from .memory import by_cta, items_of, write_shared
@@ -106,7 +107,8 @@ def store_tiles(g: Gang, address: Any, values: tuple[Any, ...], trans: bool, mas
         halves = np.ascontiguousarray(table).view(np.uint16)
         table = np.ascontiguousarray(halves.swapaxes(2, 3)).view(np.uint32)
     words = np.ascontiguousarray(table).reshape(-1, 4)
-    if g.cta.race is not None:
+    own = not ((rows - g.cta.shared_base) >> np.uint32(RANK_SHIFT)).any()
+    if own and g.cta.race is not None:
         lanes = np.searchsorted(g.warps, _owners(g, rows, mask)) * 32
         write_shared(g, rows - g.cta.shared_base, words, lanes)
         return

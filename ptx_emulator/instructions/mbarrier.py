@@ -71,8 +71,8 @@ def run_init(g: Gang, address: Any, count: Any, mask: Any) -> None:
             maker = int(naming(g, address, at, mask)[0])
             barrier.maker = maker
             g.cta.unfenced.append(barrier)
-            if barrier.watch is not None:
-                barrier.watch.initialised(barrier, maker)
+            if g.cta.race is not None:
+                g.cta.race.initialised(barrier, maker)
 
 
 @instruction("mbarrier.inval")
@@ -115,8 +115,8 @@ def run_arrive(g: Gang, address: Any, count: Any, mask: Any) -> Any:
             state = np.uint64(barrier.phase)
             number = lanes * uniform(g, count, mask, "an arrival's count")
             warps = naming(g, address, at, mask)
-            if barrier.watch is not None:
-                barrier.watch.release(barrier, warps, number)
+            if g.cta.race is not None:
+                g.cta.race.release(barrier, warps, number)
             barrier.arrive(number, 32 if lanes == 32 * len(warps) else 1)
     return state
 
@@ -129,8 +129,8 @@ def run_arrive_expect(g: Gang, address: Any, nbytes: Any, mask: Any) -> Any:
             state = np.uint64(barrier.phase)
             total = nbytes if not isinstance(nbytes, np.ndarray) else nbytes[lanes_of(g, mask)]
             barrier.expect(int(np.sum(total)) if np.ndim(total) else int(total) * lanes)
-            if barrier.watch is not None:
-                barrier.watch.release(barrier, naming(g, address, at, mask), lanes)
+            if g.cta.race is not None:
+                g.cta.race.release(barrier, naming(g, address, at, mask), lanes)
             barrier.arrive(lanes)
     return state
 
@@ -188,8 +188,8 @@ def _over(g: Gang, at: int, wanted: int, by_parity: bool, lanes: np.ndarray | No
     over = barrier.parity != wanted & 1 if by_parity else barrier.phase != wanted
     if not over:
         g.awaited.append((barrier, wanted))
-    elif barrier.watch is not None:
-        barrier.watch.acquire(barrier, active_warps(g, lanes))
+    elif g.cta.race is not None:
+        g.cta.race.acquire(barrier, active_warps(g, lanes))
     return over
 
 

@@ -114,8 +114,8 @@ def run_cluster_arrive(g: Gang, mask: Any) -> None:
     barrier = cluster_barrier(g)
     g.cluster_phase = barrier.phase
     threads = threads_of(g, mask)
-    if barrier.watch is not None:
-        barrier.watch.release(barrier, active_warps(g, lanes_of(g, mask)), threads)
+    if g.cta.race is not None:
+        g.cta.race.release(barrier, active_warps(g, lanes_of(g, mask)), threads)
     barrier.arrive(threads)
 
 
@@ -127,8 +127,8 @@ def cluster_wait(e: Emitter, ins: Instruction) -> None:
 def run_cluster_wait(g: Gang, here: int, after: int) -> int:
     barrier = cluster_barrier(g)
     if barrier.phase != g.cluster_phase:
-        if barrier.watch is not None:
-            barrier.watch.acquire(barrier, g.warps)
+        if g.cta.race is not None:
+            g.cta.race.acquire(barrier, g.warps)
         return after
     g.wait_for([(barrier, g.cluster_phase & 1)])
     return g.block(here, barrier.describe())

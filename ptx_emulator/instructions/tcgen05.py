@@ -31,7 +31,7 @@ def tensor_memory(cta: Any) -> TensorMemory:
     if "tmem" not in cta.state:
         memory = cta.state["tmem"] = TensorMemory(f"CTA {cta.ctaid}")
         if cta.race is not None:
-            memory.races = TmemRaces(cta.race, cta.machine.findings.fences)
+            memory.races = TmemRaces(cta.race.whole, cta.machine.findings.fences)
     return cta.state["tmem"]
 
 
@@ -88,7 +88,8 @@ def dealloc(e: Emitter, ins: Instruction) -> None:
 def run_dealloc(g: Gang, address: Any, columns: Any, group: int, mask: Any) -> None:
     for warp in whole_warps(g, mask):
         first, number = at_lane(address, 32 * warp), at_lane(columns, 32 * warp)
-        tensor_memory(g.cta).release(first, number, group, int(g.warps[warp]))
+        agent = g.cta.agent(int(g.warps[warp]))
+        tensor_memory(g.cta).release(first, number, group, agent)
 
 
 @instruction("tcgen05.relinquish_alloc_permit")
@@ -235,7 +236,8 @@ def _order(g: Gang, place: Place, region: Region, writes: bool) -> None:
     what, warp = f"a tcgen05.{'st' if writes else 'ld'}", int(g.warps[place.position])
     races, watch = tensor_memory(g.cta).races, fences_of(g.cta)
     if races is not None:
-        races.access(STORE if writes else LOAD, warp, region, writes, what)
+        kind = STORE if writes else LOAD
+        races.access(kind, g.cta.agent(warp), region, writes, what)
     if watch is not None:
         watch.check((g.cta.rank, warp), g.cta.rank, region, writes, what)
         watch.log((g.cta.rank, warp), g.cta.rank, region, writes)
@@ -296,7 +298,7 @@ def run_wait_st(g: Gang, mask: Any) -> None:
         warp = int(g.warps[position])
         g.cta.machine.queue.finish(memory.stores.pop(warp, ()))
         if memory.races is not None:
-            memory.races.waited(STORE, warp)
+            memory.races.waited(STORE, g.cta.agent(warp))
 
 
 @instruction("tcgen05.wait::ld")
@@ -309,7 +311,7 @@ def run_wait_ld(g: Gang, mask: Any) -> None:
     races = tensor_memory(g.cta).races
     if races is not None:
         for position in whole_warps(g, mask):
-            races.waited(LOAD, int(g.warps[position]))
+            races.waited(LOAD, g.cta.agent(int(g.warps[position])))
 
 
 @instruction("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
@@ -362,7 +364,7 @@ def _arrive(targets: list[tuple[Any, Any]], cta: Any, warp: int) -> Any:
     known = None if race is None else race.depart(warp)
     memory = tensor_memory(cta)
     if memory.races is not None:
-        memory.races.committed(warp, known)
+        memory.races.committed(cta.agent(warp), known)
     reading = memory.reading.pop(warp, [])
 
     def run() -> None:

@@ -67,7 +67,7 @@ def issue(g: Gang, address: Any, descriptor: Any, shape: Any, group: int, mask: 
             target = tensor_memory(cta)
             target.in_pipe(region, True, "a tcgen05.cp")
             if target.races is not None:
-                target.races.access(PIPE, warp, region, True, "a tcgen05.cp")
+                target.races.access(PIPE, g.cta.agent(warp), region, True, "a tcgen05.cp")
             target.fly(op, region, True)
         memory.pipes[warp] = g.cta.machine.queue.add(op)
 

@@ -16,6 +16,7 @@ CTA of a pair. Row i of D, with the letters of the PTX manual's data path layout
 A in tensor memory is read from the lanes that its rows' results go to, so B, E and G need copies.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -171,13 +172,14 @@ def issue(g: Gang, operands: tuple[Any, ...], flags: tuple[Any, ...], mask: Any)
         if watch is not None:
             product.look_for_fences(watch, agent)
         op = AsyncOp("tcgen05.mma", product.told(watch, agent), before, owner=g.cta)
-        product.claim(op, warp)
+        product.claim(op, g.cta.agent(warp))
         for kind, nbytes in product.traffic().items():
             g.cta.machine.traffic[kind][warp] += nbytes
         memory.pipes[warp] = g.cta.machine.queue.add(op)
         if g.cta.race is not None:
-            for part in product.words():
-                copy = g.cta.race.issue_product(warp, part, "a tcgen05.mma")
+            for cta, part in itertools.product(ctas, product.words()):
+                where = part + g.cta.words_to(cta)
+                copy = g.cta.race.issue_product(warp, where, "a tcgen05.mma")
                 memory.reading.setdefault(warp, []).append(copy)
 
 
@@ -238,7 +240,7 @@ class Product:
         return [Region(*columns, at, at + 16) for at in range(self.shift, LANES, 32)]
 
     def claim(self, op: AsyncOp, warp: int) -> None:
-        """Check the cells that a product of `warp` touches, and mark them as in flight."""
+        """Check the cells that it touches, issued by `warp` of the cluster, and mark them."""
         for cta, region, writes in self.touched():
             memory, what = tensor_memory(cta), f"a tcgen05.mma's {'D' if writes else 'A'}"
             memory.in_pipe(region, writes, what)

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..check.races import RaceChecker
+from ..check.cluster_races import Races, races_of
+from ..check.races import WORD
 from ..findings import BarrierFault, OutOfBounds, Unmodelled
 from .barriers import MBarrier, NamedBarrier
 from .memory import DEFINED, RANK_SHIFT, RESERVED_SMEM, SharedMemory
@@ -25,9 +26,11 @@ class Cta:
         self.rank = rank
         self.peers = peers
         self.smem = SharedMemory(machine.smem_size, machine.strict)
-        self.race: RaceChecker | None = None
-        if machine.findings.races and int(np.prod(machine.launch.cluster)) == 1:
-            self.race = RaceChecker(machine.num_warps, self.smem.size, machine.findings)
+        self.race: Races | None = None
+        if machine.findings.races:
+            ranks, first = int(np.prod(machine.launch.cluster)), peers[0].race if rank else None
+            watched = machine.num_warps, self.smem.size, machine.findings
+            self.race = races_of(*watched, rank, first, ranks)
         self.shared_base = np.uint32(rank << RANK_SHIFT)
         self.mbarriers: dict[int, MBarrier] = {}
         self.unfenced: list[MBarrier] = []  # that its warps initialised, and no fence followed
@@ -45,6 +48,14 @@ class Cta:
                 f"shared address {address:#x} names rank {rank} of a cluster of {len(self.peers)}"
             )
         return self.peers[rank], offset
+
+    def agent(self, warp: int) -> int:
+        """A warp of this CTA among all whom the race checker knows."""
+        return warp if self.race is None else self.race.first_warp + warp
+
+    def words_to(self, other: "Cta") -> int:
+        """How far a word of another CTA of the cluster is behind the same word of this one."""
+        return (other.rank - self.rank) * (self.smem.size // WORD)
 
     def mbarrier(self, address: int) -> MBarrier:
         cta, offset = self.locate(address)

@@ -210,7 +210,7 @@ class Gang:
         if race is not None:
             for op in products:
                 for copy in op.mark or ():
-                    race.was_read(copy, np.array([copy.warps]))
+                    race.was_read(copy)
 
     def absorb(self, other: "Gang", live: Iterable[int]) -> None:
         """Take in the warps of another gang that is at the same block, unmasked like this one."""
