@@ -14,7 +14,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,12 +84,10 @@ def calls(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     pages = [x.view(-1, PAGE, HEADS_KV, DIM) for x in cache]
     table = torch.arange(len(pages[0]), dtype=torch.int32, device=device).view(BATCH, -1)
     new = [normal(BATCH, 1, HEADS_KV, DIM) for _ in range(2)]
-    turns = {"rotary_cos": normal(CAPACITY, DIM // 2), "rotary_sin": normal(CAPACITY, DIM // 2)}
+    cos, sin = (normal(CAPACITY, DIM // 2) for _ in range(2))
     rows, each = one[:, 0], int32(*range(BATCH + 1))
     rows_out, lengths = torch.empty_like(rows), int32(*[100] * BATCH)
     longer = itertools.cycle(range(CAPACITY // 2, 20 * CAPACITY))
-    split = {"causal": True, "num_splits": 4}
-    step = {"cache_seqlens": lengths, **split}
     dense, ragged = kernel.flash_attn_func, kernel.flash_attn_varlen_func
     cached, engine = kernel.flash_attn_with_kvcache, kernel._flash_attn_fwd
     return {
@@ -100,31 +98,37 @@ def calls(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
         "packed into out": lambda: ragged(
             *packed, starts, starts, 100, 100, causal=True, out=packed_out
         ),
-        "decode": lambda: cached(one, *cache, **step | {"num_splits": 1}),
-        "decode, split": lambda: cached(one, *cache, **step),
+        "decode": lambda: cached(one, *cache, cache_seqlens=lengths, causal=True, num_splits=1),
+        "decode, split": lambda: cached(
+            one, *cache, cache_seqlens=lengths, causal=True, num_splits=4
+        ),
         "decode from pages, split": lambda: ragged(
-            rows, *pages, each, None, 1, CAPACITY, seqused_k=lengths, block_table=table, **split
+            rows, *pages, each, None, 1, CAPACITY, seqused_k=lengths, block_table=table,
+            causal=True, num_splits=4,
         ),
         "the same as vLLM calls it": lambda: engine(
             rows, *pages, cu_seqlens_q=each, max_seqlen_q=1, max_seqlen_k=CAPACITY,
-            seqused_k=lengths, page_table=table, out=rows_out, **split,
+            seqused_k=lengths, page_table=table, out=rows_out, causal=True, num_splits=4,
         ),
         "the same, a maximum that is new": lambda: engine(
             rows, *pages, cu_seqlens_q=each, max_seqlen_q=1, max_seqlen_k=next(longer),
-            seqused_k=lengths, page_table=table, out=rows_out, **split,
+            seqused_k=lengths, page_table=table, out=rows_out, causal=True, num_splits=4,
         ),
-        "append and decode, split": lambda: cached(one, *cache, *new, **step),
+        "append and decode, split": lambda: cached(
+            one, *cache, *new, cache_seqlens=lengths, causal=True, num_splits=4
+        ),
         "append, rotate and decode, split": lambda: cached(
-            one, *cache, *new, **step, **turns, rotary_interleaved=False
+            one, *cache, *new, cache_seqlens=lengths, causal=True, num_splits=4,
+            rotary_cos=cos, rotary_sin=sin, rotary_interleaved=False,
         ),
     }  # fmt: skip
 
 
 def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     """By name, what a call consists of: PyTorch's and the driver's shares, and our own steps."""
-    request, execute, repeat = (
+    execute, repeat = (
         importlib.import_module(f"{kernel.__name__}.{name}")
-        for name in ("request", "execute", "flash_attn4_cute.repeat")
+        for name in ("execute", "flash_attn4_cute.repeat")
     )
     q, k, v = (
         torch.zeros(1, 128, n, DIM, device=device, dtype=torch.bfloat16)
@@ -133,9 +137,9 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     execute.repeats.clear()
     kernel.flash_attn_func(q, k, v, causal=True)
     (known,) = execute.repeats.values()
-    (ready, patches), driver, place = known.steps[0], known.driver, q.device
-    asked = ((True, (-1, -1), None), None, 0.0, None, 0.0, False, 0, None, None, None, False, False)
-    options, qkv, out = request.options_of(*asked), (q, k, v), torch.empty_like(q)
+    (ready, writes), driver, place = known.steps[0], known.driver, q.device
+    asked = (True, (-1, -1), None, None, 0.0, None, 0.0, False, 0, None, None, False, None)
+    qkv, out = (q, k, v), torch.empty_like(q)
     addresses = [t.data_ptr() for t in (q, k, v, out)]
     addresses.append(driver.stream(0))
     found = {
@@ -146,10 +150,9 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
         "current stream": lambda: driver.stream(0),
         "current device": lambda: driver.current_device(),
         "cuLaunchKernelEx alone": lambda: driver.launch(*ready.calls[0]),
-        "addresses and launch": lambda: ready.issue(patches, addresses),
-        "options": lambda: request.options_of(*asked),
-        "key": lambda: repeat.key_of(options, None, qkv),
-        "all after the key": lambda: known(qkv, None, None),
+        "addresses and launch": lambda: ready.issue(writes, addresses),
+        "key": lambda: repeat.key_of(asked, None, qkv, None, None),
+        "all after the key": lambda: known.again(qkv, None),
     }
     raw = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)
     if raw is not None and device == "cuda":
@@ -184,7 +187,7 @@ def main() -> None:
     kernel, device = load_kernel(), options.device
     if device == "cpu":
         torch.set_num_threads(1)
-    with no_driver(kernel) if device == "cpu" else torch.no_grad():
+    with torch.no_grad(), no_driver(kernel) if device == "cpu" else nullcontext():
         made = calls(kernel, device)
         made |= {f"part of dense: {n}": part for n, part in parts(kernel, device).items()}
         rows = [

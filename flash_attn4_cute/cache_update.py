@@ -41,7 +41,7 @@ class CacheUpdate:
     rotary_interleaved: bool = True
 
 
-fields_of = attrgetter(*CacheUpdate.__slots__)
+tensors_of = attrgetter(*CacheUpdate.__slots__[:-1])
 
 
 def check_cache_update(update: CacheUpdate, tensors: AttentionTensors) -> None:

@@ -20,7 +20,7 @@ from .rules import PLAIN, BandRule, ScoreRule
 from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
 from .sm100.pairing import in_pairs
-from .splits import MAX_SPLITS, choose_forward_splits
+from .splits import MAX_SPLITS, choose_forward_splits, planned_length
 from .tiles import FORWARD_ROWS, FP8_ROWS, ROWS_OF_VARIANT, TileConfig
 
 UNBOUNDED = 2**31 - 1
@@ -133,6 +133,8 @@ def make_plan(problem: AttentionProblem) -> Plan:
 def plan_on(problem: AttentionProblem, card: Card) -> Plan:
     """The plan of a problem on `card`; see make_plan."""
     assert card.variant is not None, "supported_card has refused the others"
+    if problem.kv_layout is not Layout.DENSE:  # where it is a bound, one plan serves many
+        problem = replace(problem, seqlen_k=planned_length(problem.seqlen_k))
     cfg = row_for(card.variant, problem)
     for refusal in _refusals(problem, cfg is not None and cfg.is_general):
         raise NotImplementedError(refusal)

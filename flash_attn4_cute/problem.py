@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
@@ -129,8 +129,6 @@ class AttentionOptions:
     max_seqlen_k: int | None = None
     return_lse: bool = False
     requires_grad: bool = False
-    # Calls are known by it where these options may be known, see `numbered`; else 0.
-    number: int = field(default=0, init=False, compare=False, repr=False)
 
     def __hash__(self) -> int:
         # Of the fields that tell calls apart in practice: every call looks its options up.
@@ -166,25 +164,26 @@ class AttentionOptions:
                 object.__setattr__(self, name, convert(name, value))
 
 
-_numbered: dict[AttentionOptions, AttentionOptions] = {}
-_numbers = itertools.count(1)
+_numbers: dict[AttentionOptions, int] = {}
+_next_number = itertools.count(1)
 
 
-def numbered(options: AttentionOptions) -> AttentionOptions:
-    """The one object that stands for all options equal to these, with a number to know it by.
+def numbered(options: AttentionOptions) -> int:
+    """A number for all options equal to these but for max_seqlen_k, to know calls by; 0: none.
 
-    Options that hold a callable, which a number would keep alive, and calls that autograd records
-    have none.
+    Options that hold a callable, which would be kept alive, and calls that autograd records have
+    none.
     """
     if options.requires_grad or options.score_mod is not None or type(options.mask) is Custom:
-        return options
-    known = _numbered.get(options)
-    if known is None:
-        if len(_numbered) >= _MAX_KNOWN:
-            _numbered.clear()
-        object.__setattr__(options, "number", next(_numbers))
-        known = _numbered[options] = options
-    return known
+        return 0
+    if options.max_seqlen_k is not None:
+        options = replace(options, max_seqlen_k=None)
+    number = _numbers.get(options)
+    if number is None:
+        if len(_numbers) >= _MAX_KNOWN:
+            _numbers.clear()
+        number = _numbers[options] = next(_next_number)
+    return number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,34 +3,37 @@
     key_of(options, tensors) --known--> Repeat --addresses--> the launches of the first such call
 
 What a call on the GPU launches is decided by the metadata of its tensors and by its options. The
-first call with a key leaves a `Repeat`; later ones take it. Calls are flat here: (q, k, v), the
-tensors of `problem.OTHERS` in that order or None for no others, and what a CacheUpdate is made of
-or None.
+first call with a key leaves a `Repeat`; later ones take it. Calls are flat here: (q, k, v); the
+tensors of `problem.OTHERS` in that order, then those of a CacheUpdate if there is one, or None for
+no others; and rotary_interleaved, None without a CacheUpdate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, is_grad_enabled
+from torch.compiler import is_compiling
 
 from .launcher import driver as drivers
-from .launcher.kernel import Kernel, Patches, ReadyCall
-from .problem import OTHERS, AttentionOptions, AttentionProblem, AttentionTensors, Layout
-from .scheduler_metadata import SchedulerMetadata
+from .launcher.kernel import Kernel, ReadyCall, apart
+from .problem import OTHERS, AttentionProblem, AttentionTensors, Layout
+from .splits import planned_length
 
 Others = tuple[Tensor | None, ...] | None
-New = tuple[Any, ...] | None  # the fields of CacheUpdate
 Launched = Sequence[tuple[Kernel, Any, ReadyCall]]  # kernels, their arguments, what came of it
 
 _NEW = ("k_new", "v_new", "cache_seqlens", "cu_seqlens_k_new", "rotary_cos", "rotary_sin")
-_NAMES = ("q", "k", "v", *OTHERS, *_NEW)
-_NO_RESULTS = (None, None)  # in place of all others
-_OUT, _LSE = _NAMES.index("out"), _NAMES.index("lse")
+_MORE = (*OTHERS, *_NEW)
+_OUT, _LSE, _CU_K, _USED_K, _SINK = map(
+    OTHERS.index, ("out", "lse", "cu_seqlens_k", "seqused_k", "sink")
+)
+_K_NEW, _V_NEW = map(_MORE.index, ("k_new", "v_new"))
+# What kernels move 16 bytes at a time: whether they can decides which kernel it is.
+_ALIGNED = ("q", "k", "v", "out", "k_new", "v_new", "rotary_cos", "rotary_sin")
 # Where the kernels' arguments come from; those of their scores are below `score`.
 _SOURCES = {
     "mQ": "q",
@@ -65,64 +68,61 @@ _MINUS_INF = 0xFF800000  # in float32
 
 
 def key_of(
-    options: AttentionOptions,
-    metadata: Any,
+    asked: Any,
+    longest: int | None,
     qkv: tuple[Tensor, Tensor, Tensor],
-    others: Others = None,
-    new: New = None,
+    others: Others,
+    interleaved: bool | None,
 ) -> tuple | None:
     """All that decides what a call launches, or None if it must be worked out each time.
 
-    That is so without a number of the options, see `problem.numbered`, where addresses decide too,
-    and where something is no tensor, as the checks will say.
+    That is so where torch or autograd must see the call, and where something is no tensor, as the
+    checks will say. `asked` stands for the options except max_seqlen_k, which is `longest`: of it
+    the key has what a plan sees. Addresses decide too, see `Repeat.again`.
     """
     q, k, v = qkv
-    if not options.number or type(q) is not Tensor:
+    if is_compiling() or type(q) is not Tensor:
         return None
-    if metadata is not None and type(metadata) is not SchedulerMetadata:
-        return None
+    more: list[Any] = []
+    # True stands for the strides of a contiguous tensor: those of dimensions of size 1, in which
+    # such tensors may differ, reach no address.
     try:
-        together = q.data_ptr() | k.data_ptr() | v.data_ptr()
-        if others is not None:
-            if others[0] is not None:
-                together |= others[0].data_ptr()
-            others = _metadata(others)
-        if new is not None:
-            for t in new[:-1]:
-                if t is not None:
-                    together |= t.data_ptr()
-            new = (new[-1], *_metadata(new[:-1]))
-        if together & 15:
+        if is_grad_enabled() and _is_recorded(qkv, others):
             return None
+        if others is not None:
+            if longest is not None and not (others[_CU_K] is others[_USED_K] is None):
+                longest = planned_length(longest)
+            for i, t in enumerate(others):
+                if t is not None:
+                    more += (i, t.size(), t.is_contiguous() or t.stride(), t.dtype, t.get_device())
         return (
-            *(q.shape, q.is_contiguous() or q.stride(), q.dtype, q.get_device()),
-            *(k.shape, k.is_contiguous() or k.stride(), k.dtype, k.get_device()),
-            *(v.shape, v.is_contiguous() or v.stride(), v.dtype, v.get_device()),
-            options.number,
-            metadata,
-            others,
-            new,
-        )
+            q.size(), q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
+            k.size(), k.is_contiguous() or k.stride(), k.dtype, k.get_device(),
+            v.size(), v.is_contiguous() or v.stride(), v.dtype, v.get_device(),
+            asked, longest, interleaved, *more,
+        )  # fmt: skip
     except AttributeError:
         return None
 
 
-def _metadata(tensors: tuple) -> tuple:
-    # True stands for the strides of a contiguous tensor: those of dimensions of size 1, in which
-    # such tensors may differ, reach no address.
-    return tuple(
-        [
-            t if t is None else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
-            for t in tensors
-        ]
-    )
+def _is_recorded(qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> bool:
+    """Whether autograd has to record the call, if it is enabled."""
+    for t in qkv:
+        if t.requires_grad:
+            return True
+    for t in () if others is None else (others[_SINK], *others[_K_NEW : _V_NEW + 1]):
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 class Repeat:
     """Allocates what the first call allocated, and launches what it launched.
 
-    All launches take their addresses from one list: those of the tensors that `pick` takes out of
-    a flat call, that of scratch memory if there is any, and the stream.
+    All launches take their addresses from one list: those of q, k, v, out and, if asked for, LSE; of
+    what else they read, `more` places of a flat call; of scratch memory, if there is any; the
+    stream; and addresses inside of these. `aligned` are the places in the list of what has to be
+    aligned beside q, k, v and out.
     """
 
     def __init__(self, problem: AttentionProblem, launched: Launched, results: tuple[bool, bool]):
@@ -151,17 +151,21 @@ class Repeat:
             written = {"seqused_k": "mSeqUsed", "q": "mQRotated"}
             written = {name: new for name, new in written.items() if new in begins}
             found[1] = [written.get(name, name) for name in found[1]]
-        names = [name for names in found for name in names if name not in begins]
-        names = list(dict.fromkeys(names))
-        self.pick = itemgetter(*map(_NAMES.index, names))
+        seen = {name for names in found for name in names}
+        first = ["q", "k", "v", "out"] if self.new_lse is None else ["q", "k", "v", "out", "lse"]
+        more = [name for name in _MORE if name in seen and name not in first]
+        names = first + more
+        self.more = tuple(map(_MORE.index, more))
+        self.aligned = tuple(names.index(name) for name in more if name in _ALIGNED)
         stream = len(names) + bool(begins)
         where = {name: (i, 0) for i, name in enumerate(names)}
         where |= {name: (len(names), begin) for name, begin in begins.items()}
-        self.steps: list[tuple[ReadyCall, Patches]] = []
+        steps = []
         for (_, _, ready), sources in zip(launched, found, strict=True):
             pairs = [*(where[name] for name in sources), (stream, 0)]
-            patches = [(at, pairs[n][0], pairs[n][1] + more) for at, n, more in ready.patches]
-            self.steps.append((ready, tuple(patches)))
+            steps.append([(at, pairs[n][0], pairs[n][1] + more) for at, n, more in ready.patches])
+        writes, self.derived = apart(steps, stream + 1)
+        self.steps = [(ready, w) for (_, _, ready), w in zip(launched, writes, strict=True)]
         return names
 
     @staticmethod
@@ -178,43 +182,59 @@ class Repeat:
         for found in launched:
             if found is None or not isinstance(found[0], Kernel) or found[0].program.decisive:
                 return None
+            if not _is_aligned(found[1]):
+                return None
         lse = launched[-1][1].mLSE
         if lse is not None and not lse.is_contiguous() and is_sparse(problem):
             return None
         return Repeat(problem, launched, results)
 
-    def __call__(
-        self, qkv: tuple[Tensor, Tensor, Tensor], others: Others, new: New
-    ) -> tuple[Tensor, Tensor | None]:
-        """(out, lse) of a call with the same key; lse is None unless it was asked for."""
-        given: list[Any] = [*qkv, *(others or _NO_RESULTS)]
-        if new is not None:
-            given += new
-        out, lse = given[_OUT], given[_LSE]
+    def again(
+        self, qkv: tuple[Tensor, Tensor, Tensor], others: Others
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse) of a call with the same key; lse is None unless it was asked for.
+
+        None if memory is not aligned, so that the call must be worked out.
+        """
+        q, k, v = qkv
+        out, lse = (None, None) if others is None else (others[_OUT], others[_LSE])
         if out is None:
             # The cheapest way to new memory is to ask for more of the same.
-            out = given[_OUT] = torch.empty_like(qkv[0]) if self.out_like_q else self.new_out()
-        if lse is None and self.new_lse is not None:
-            lse = given[_LSE] = self.new_lse()
-        addresses = [t.data_ptr() for t in self.pick(given)]
-        driver, device = self.driver, self.device
+            out = empty_like(q) if self.out_like_q else self.new_out()
+        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
+        together = addresses[0] | addresses[1] | addresses[2] | addresses[3]
+        if self.new_lse is not None:
+            if lse is None:
+                lse = self.new_lse()
+            addresses.append(lse.data_ptr())
+        if others is not None:
+            for place in self.more:
+                addresses.append(others[place].data_ptr())
+            for place in self.aligned:
+                together |= addresses[place]
+        if together & 15:
+            return None
         if self.new_scratch is not None:
             # From PyTorch's allocator: a CUDA graph owns its own, and streams do not share any.
             scratch = self.new_scratch()
             addresses.append(scratch.data_ptr())
-        addresses.append(driver.stream(device))
+        driver, device = self.driver, self.device
+        stream = driver.stream(device)
+        addresses.append(stream)
+        for source, distance in self.derived:
+            addresses.append(addresses[source] + distance)
         if driver.current_device() == device:
-            self._launch(addresses)
+            self._launch(addresses, stream)
         else:
             with driver.on(device):
-                self._launch(addresses)
+                self._launch(addresses, stream)
         return out, lse
 
-    def _launch(self, addresses: list[int]) -> None:
+    def _launch(self, addresses: list[int], stream: int) -> None:
         for place, number, word in self.fills:
-            self.driver.fill(addresses[place], number, word, addresses[-1])
-        for ready, patches in self.steps:
-            ready.issue(patches, addresses)
+            self.driver.fill(addresses[place], number, word, stream)
+        for ready, writes in self.steps:
+            ready.issue(writes, addresses)
 
 
 def _scratch(launched: Launched) -> tuple[int, dict[str, int]]:
@@ -233,6 +253,12 @@ def _sources(kernel: Kernel, arguments: Any) -> list[str]:
     """The names of what a kernel's pointers point to, in its order."""
     names = (_name(arguments, found.path[1:]) for found in kernel.pointer_inputs)
     return [_SOURCES.get(name, name) for name in names]
+
+
+def _is_aligned(arguments: Any) -> bool:
+    """Whether what of a kernel's arguments `_ALIGNED` names lies at multiples of 16 bytes."""
+    named = (getattr(arguments, name, None) for name in _SOURCES if _SOURCES[name] in _ALIGNED)
+    return not any(t.data_ptr() & 15 for t in named if t is not None)
 
 
 def is_sparse(problem: AttentionProblem) -> bool:

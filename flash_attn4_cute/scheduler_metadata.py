@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from . import checks
 from .checks import refuse
@@ -18,8 +18,10 @@ class SchedulerMetadata:
     """
 
     batch: int
-    max_seqlen_q: int
-    max_seqlen_k: int
+    # The maxima have decided the number of splits, and decide nothing more: steps that differ in
+    # them alone are the same to a call.
+    max_seqlen_q: int = field(compare=False)
+    max_seqlen_k: int = field(compare=False)
     num_heads: int
     num_heads_kv: int
     head_dim: int

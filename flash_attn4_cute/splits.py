@@ -15,13 +15,29 @@ is at most 1.2 % slower than the best number of splits that was tried.
 """
 
 import functools
+from typing import Any
 
 MAX_SPLITS = 256  # what the combine kernel merges
+LENGTH_STEPS = 32  # of planned lengths while they double
+SHORTEST_STEP = 64  # keys, the blocks of most decode kernels
 CTA_RATE, CTA_START = 1.8, 0.5
 MERGE_COST = 1.0  # a combine launch that starts while the decode kernel ends
 PARTIAL_COST = 2.0  # writing and reading one CTA's partial result
 # Where lengths differ, the longest sequence may be alone: no CTA streams more than this of it.
 MAX_UNEVEN_BLOCKS = 256
+
+
+def planned_length(longest: Any) -> Any:
+    """The bound of the key lengths that a plan sees: rounded up, so that it seldom changes.
+
+    Up to a multiple of 64, or of 1/32 of the power of two below, whichever is more. Serving
+    engines pass another bound at each step of a decode; what is planned for one of these serves
+    all that are rounded to it. What is no plain, positive int is left as it is.
+    """
+    if type(longest) is not int or longest <= 0:
+        return longest
+    step = max(SHORTEST_STEP, (1 << longest.bit_length()) // (2 * LENGTH_STEPS))
+    return -(-longest // step) * step
 
 
 @functools.lru_cache(maxsize=4096)

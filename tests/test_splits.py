@@ -2,7 +2,8 @@
 
 import pytest
 
-from flash_attn4_cute.splits import MAX_SPLITS, choose_splits
+from flash_attn4_cute.splits import MAX_SPLITS, choose_splits, planned_length
+from tests.test_errors import card, gpu_problem  # noqa: F401 (a fixture)
 
 # (tiles, key blocks) -> splits -> microseconds; h_k 8 d128 bf16, graph replay, 2026-11-29
 MEASURED = {
@@ -44,3 +45,26 @@ def test_range(num_sms):
 def test_a_long_sequence_among_short_ones_is_split():
     assert choose_splits(1024, 4096, 132, even=True) == 1
     assert 16 <= choose_splits(1024, 4096, 132, even=False) <= 24
+
+
+def test_planned_lengths_are_close_bounds_and_few():
+    lengths = range(1, 1 << 17)
+    planned = [planned_length(n) for n in lengths]
+    assert all(0 <= p - n < max(64, n / 32) for n, p in zip(lengths, planned, strict=True))
+    assert len(set(planned)) <= 240
+    assert [planned_length(x) for x in (0, -5, None, True)] == [0, -5, None, True]
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 300])
+@pytest.mark.parametrize("arch", [(9, 0), (10, 0), (12, 0)])
+def test_a_plan_is_that_of_the_planned_length(fa4, card, arch, seqlen_q):  # noqa: F811
+    """So whoever comes first, all calls that are known by it would have had its plan."""
+    problem = fa4.flash_attn4_cute.problem
+    band, layouts = problem.Band(20000, 0), problem.Layout
+    for layout, page_size in ((layouts.VARLEN, None), (layouts.PAGED, 16)):
+        asked = {"kv_layout": layout, "page_size": page_size, "mask": band, "seqlen_q": seqlen_q}
+        plans = [
+            card(arch).make_plan(gpu_problem(fa4, num_heads_kv=1, **asked, seqlen_k=n))
+            for n in (3969, 4000, 4032, 8100, 8192)
+        ]
+        assert plans[0] == plans[1] == plans[2] and plans[3] == plans[4]

@@ -30,6 +30,7 @@ _MAX_READY = 4096
 # (which 64-bit word of a call's memory, which of the addresses of a launch, its distance from it);
 # the stream counts as the address behind those of the tensors.
 Patches = Sequence[tuple[int, int, int]]
+Writes = Sequence[tuple[int, int]]  # (which word, which of the addresses)
 
 
 class ReadyCall:
@@ -66,6 +67,7 @@ class ReadyCall:
             address = [ctypes.c_void_p(self.base + at) for at in (places.config, places.table)]
             self.calls.append((address[0], handle, address[1], ctypes.c_void_p()))
         self.patches = tuple(patches)
+        (self.writes,), self.derived = apart([self.patches], len(pointers) + 1)
         # A grid without CTAs is nothing to do, and an error for the driver.
         self.empty = [not all(slots[x] for x in launch.grid) for launch in program.launches]
         if any(self.empty):
@@ -86,19 +88,21 @@ class ReadyCall:
         """Launch on PyTorch's current stream with these addresses, one for each tensor."""
         driver, device = self.driver, self.device
         addresses.append(driver.stream(device))
+        for source, distance in self.derived:
+            addresses.append(addresses[source] + distance)
         if driver.current_device() == device:
-            self.issue(self.patches, addresses)
+            self.issue(self.writes, addresses)
         else:
             with driver.on(device):
-                self.issue(self.patches, addresses)
+                self.issue(self.writes, addresses)
 
-    def issue(self, patches: Patches, addresses: Sequence[int]) -> None:
-        """Launch with `addresses` written where `patches` say, while the device is current."""
+    def issue(self, writes: Writes, addresses: Sequence[int]) -> None:
+        """Launch with `addresses` written where `writes` say, while the device is current."""
         words, launch, lock = self.words, self.driver.launch, self.lock
         lock.acquire()  # at half the price of a with block, at every launch
         try:
-            for at, source, distance in patches:
-                words[at] = addresses[source] + distance
+            for at, source in writes:
+                words[at] = addresses[source]
             for call in self.calls:
                 error = launch(*call)
                 if error:
@@ -112,6 +116,22 @@ class ReadyCall:
             self.driver.attach(self.device)
             error = self.driver.launch(*call)
         self.driver.check(error, "cuLaunchKernelEx")
+
+
+def apart(steps: Sequence[Patches], number: int) -> tuple[list[Writes], Writes]:
+    """What several calls write, and the few addresses at a distance from others.
+
+    The latter, as (which address, distance), follow the first `number` addresses in a list: so the
+    loop that writes addresses, the longest of a launch, need not add.
+    """
+    far = ((source, distance) for patches in steps for _, source, distance in patches if distance)
+    derived = tuple(dict.fromkeys(far))
+    where = {pair: number + i for i, pair in enumerate(derived)}
+    writes: list[Writes] = [
+        tuple((at, where.get((source, distance), source)) for at, source, distance in patches)
+        for patches in steps
+    ]
+    return writes, derived
 
 
 class _Places:

@@ -18,7 +18,7 @@ from .flash_attn4_cute.problem import (
     make_mask_rule,
 )
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata
-from .request import Window, ask, needs_grad, options_of, send
+from .request import Window, ask, send
 
 
 def _flash_attn_fwd(
@@ -90,8 +90,10 @@ def _flash_attn_fwd(
             )
     if min_seqlen_k is not None:
         as_int("min_seqlen_k", min_seqlen_k)
-    options = options_of(
-        (causal, (_limit(window_size_left), _limit(window_size_right)), mask_mod),
+    asked = (
+        causal,
+        (_limit(window_size_left), _limit(window_size_right)),
+        mask_mod,
         softmax_scale,
         softcap or 0.0,
         score_mod,
@@ -100,22 +102,31 @@ def _flash_attn_fwd(
         num_splits,
         pack_gqa,
         max_seqlen_q,
-        max_seqlen_k,
         return_lse or lse is not None,
-        needs_grad(q, k, v, learnable_sink),
+        scheduler_metadata,
     )
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     others = (
-        *(out, lse, *lengths, page_table, None, None),
-        *(k_descale, v_descale, learnable_sink, None),
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        page_table,
+        None,
+        None,
+        k_descale,
+        v_descale,
+        learnable_sink,
+        None,
     )
     if block_sparse_tensors is None:
-        return ask(options, scheduler_metadata, (q, k, v), others, aux=aux_tensors)
+        return ask(asked, max_seqlen_k, (q, k, v), others, aux=aux_tensors)
     named: dict[str, Any] = dict(zip(OTHERS, others, strict=True))
     tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux_tensors is None else tuple(aux_tensors)
     tensors.blocks = BlockSparse.of(block_sparse_tensors)
-    return send(tensors, options, scheduler_metadata)
+    return send(tensors, asked, max_seqlen_k)
 
 
 def get_scheduler_metadata(

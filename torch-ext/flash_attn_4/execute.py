@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update, fields_of
+from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update, tensors_of
 from .flash_attn4_cute.checks import refuse
 from .flash_attn4_cute.problem import (
     AttentionOptions,
@@ -68,17 +68,17 @@ def _remember(key: tuple, repeat: Repeat | None) -> None:
 def attend_again(
     tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend`, the short way if such a call was made before."""
-    options = numbered(options)
+    """`attend`, the short way if such a call was made before, known by its canonical options."""
     qkv, others = (tensors.q, tensors.k, tensors.v), others_of(tensors)
-    new = None if update is None else fields_of(update)
-    key = None
-    if tensors.aux_tensors is None and tensors.blocks is None:
-        key = key_of(options, None, qkv, others, new)
+    interleaved = None
+    if update is not None:
+        others, interleaved = (*others, *tensors_of(update)), update.rotary_interleaved
+    key, number = None, numbered(options)
+    if number and tensors.aux_tensors is None and tensors.blocks is None:
+        key = key_of(number, options.max_seqlen_k, qkv, others, interleaved)
     known = None if key is None else repeats.get(key)
-    if known is not None:
-        return known(qkv, others, new)
-    return attend(tensors, options, update, key)
+    found = None if known is None else known.again(qkv, others)
+    return attend(tensors, options, update, key) if found is None else found
 
 
 def differentiate(

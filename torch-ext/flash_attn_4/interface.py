@@ -19,7 +19,8 @@ from .engine import _flash_attn_fwd as _flash_attn_fwd
 from .engine import get_scheduler_metadata as get_scheduler_metadata
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
-from .request import Result, Window, ask, key_lengths, needs_grad, one_of, options_of
+from .flash_attn4_cute.problem import OTHERS
+from .request import Result, Window, ask, key_lengths, one_of
 from .states import merged
 
 
@@ -62,8 +63,10 @@ def flash_attn_func(
     {raises}
     """
     sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
-    options = options_of(
-        (causal, window_size, mask_mod),
+    asked = (
+        causal,
+        window_size,
+        mask_mod,
         softmax_scale,
         softcap,
         score_mod,
@@ -72,14 +75,13 @@ def flash_attn_func(
         num_splits,
         pack_gqa,
         None,
-        None,
         return_lse,
-        needs_grad(q, k, v, sink),
+        scheduler_metadata,
     )
     others = None
     if not (out is sink is alibi_slopes is None):
         others = (out, *[None] * 10, sink, alibi_slopes)
-    out, lse = ask(options, scheduler_metadata, (q, k, v), others, aux=aux_tensors)
+    out, lse = ask(asked, None, (q, k, v), others, aux=aux_tensors)
     return (out, lse) if return_lse else out
 
 
@@ -146,8 +148,10 @@ def flash_attn_varlen_func(
     table = one_of("block_table", block_table, "page_table", page_table)
     cu_seqlens_k, seqused_k = key_lengths(table, cu_seqlens_k, seqused_k)
     sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
-    options = options_of(
-        (causal, window_size, mask_mod),
+    asked = (
+        causal,
+        window_size,
+        mask_mod,
         softmax_scale,
         softcap,
         score_mod,
@@ -156,13 +160,12 @@ def flash_attn_varlen_func(
         num_splits,
         pack_gqa,
         max_seqlen_q,
-        max_seqlen_k,
         return_lse,
-        needs_grad(q, k, v, sink),
+        scheduler_metadata,
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     others = (out, None, *lengths, table, None, None, k_descale, v_descale, sink, alibi_slopes)
-    out, lse = ask(options, scheduler_metadata, (q, k, v), others, aux=aux_tensors)
+    out, lse = ask(asked, max_seqlen_k, (q, k, v), others, aux=aux_tensors)
     return (out, lse) if return_lse else out
 
 
@@ -240,8 +243,10 @@ def flash_attn_with_kvcache(
     lengths = _cache_lengths(q, cache_seqlens, cu_seqlens_q)
     table = one_of("block_table", block_table, "page_table", page_table)
     sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
-    options = options_of(
-        (causal, window_size, None),
+    asked = (
+        causal,
+        window_size,
+        None,
         softmax_scale,
         softcap,
         None,
@@ -250,19 +255,18 @@ def flash_attn_with_kvcache(
         num_splits,
         pack_gqa,
         max_seqlen_q,
-        None,
         return_lse,
-        needs_grad(q, k_cache, v_cache, k, v, sink),
+        scheduler_metadata,
     )
-    new = None
-    if not (k is v is rotary_cos is rotary_sin is None):
-        new = (k, v, lengths, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_interleaved)
     others = (
         *(out, None, cu_seqlens_q, None, None, lengths, table, cache_batch_idx, cache_leftpad),
         *(k_descale, v_descale, sink, alibi_slopes),
     )
-    qkv = (q, k_cache, v_cache)
-    out, lse = ask(options, scheduler_metadata, qkv, others, new, check=_check_cache_call)
+    interleaved = None
+    if not (k is v is rotary_cos is rotary_sin is None):
+        others += (k, v, lengths, cu_seqlens_k_new, rotary_cos, rotary_sin)
+        interleaved = rotary_interleaved
+    out, lse = ask(asked, None, (q, k_cache, v_cache), others, interleaved, _check_cache_call)
     return (out, lse) if return_lse else out
 
 
@@ -284,13 +288,13 @@ def _batch(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
     return cu_seqlens_q.shape[0] - 1
 
 
-def _check_cache_call(q: Tensor, others: tuple, new: tuple | None) -> None:
+def _check_cache_call(q: Tensor, others: tuple) -> None:
     """What the arguments that only flash_attn_with_kvcache has must fulfil."""
-    cu_seqlens_q, lengths = others[2], others[5]
+    cu_seqlens_q, lengths, new = others[2], others[5], others[len(OTHERS) :]
     if lengths is not None:
         batch = _batch(q, cu_seqlens_q)
         check_index_tensor("cache_seqlens", lengths, q.device, (batch,), "(b,)")
-    if new is None:
+    if not new:
         return
     k, v = new[:2]
     if k is None and v is None:

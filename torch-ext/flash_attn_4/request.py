@@ -5,7 +5,6 @@ Aliases are resolved here and nowhere else; below this file each thing has one n
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import execute, ops
+from .execute import repeats
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.checks import check_is_tensor, refuse
 from .flash_attn4_cute.problem import (
@@ -22,10 +22,9 @@ from .flash_attn4_cute.problem import (
     AttentionProblem,
     AttentionTensors,
     make_mask_rule,
-    numbered,
 )
-from .flash_attn4_cute.repeat import New, Others, key_of
-from .flash_attn4_cute.scheduler_metadata import with_metadata
+from .flash_attn4_cute.repeat import Others, key_of
+from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
 
 Result = Tensor | tuple[Tensor, Tensor]
 Window = Sequence[int | None] | None
@@ -56,37 +55,30 @@ def key_lengths(
     return None, cu_seqlens_k.diff()
 
 
-_known_options: dict[tuple, AttentionOptions] = {}
-_MAX_OPTIONS = 1024
-_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionOptions))[1:-1]
-_PLAIN_TYPES = frozenset({bool, int, float, type(None)})
+# What a call asks for except max_seqlen_k: causal, window_size, mask_mod; `_FIELDS` of
+# AttentionOptions; scheduler_metadata.
+Asked = tuple[Any, ...]
+_FIELDS = (
+    "softmax_scale",
+    "softcap",
+    "score_mod",
+    "dropout_p",
+    "deterministic",
+    "num_splits",
+    "pack_gqa",
+    "max_seqlen_q",
+    "return_lse",
+)
+_PLAIN_TYPES = frozenset({bool, int, float, type(None), SchedulerMetadata})
 
 
-def options_of(mask: tuple, *values: Any) -> AttentionOptions:
-    """AttentionOptions of (causal, window_size, mask_mod) and, in order, its other fields.
-
-    Calls repeat few combinations, so that checking them each time is worth avoiding.
-    """
-    if is_compiling():  # a number that changes must not become part of a graph
-        return _new_options(mask, values)
-    try:
-        found = _known_options.get((mask, values))
-    except TypeError:  # a list, say
-        found = None
-    if found is None:
-        found = numbered(_new_options(mask, values))
-        causal, window, mask_mod = mask
-        plain = (causal, mask_mod, *(window or ()), *values)
-        if found.number and _PLAIN_TYPES.issuperset(map(type, plain)) and type(window) is tuple:
-            if len(_known_options) >= _MAX_OPTIONS:
-                _known_options.clear()
-            _known_options[mask, values] = found
-    return found
-
-
-def _new_options(mask: tuple, values: tuple) -> AttentionOptions:
-    fields = dict(zip(_FIELDS, values, strict=True))
-    return AttentionOptions(mask=make_mask_rule(*mask), **fields)
+def _is_plain(asked: Asked, longest: Any) -> bool:
+    """Whether options may be kept: they neither change nor keep anything alive."""
+    causal, window, mask_mod, *others = asked
+    if window is not None and type(window) is not tuple:
+        return False
+    plain = (causal, *(window or ()), mask_mod, *others, longest)
+    return _PLAIN_TYPES.issuperset(map(type, plain))
 
 
 def needs_grad(*tensors: Any) -> bool:
@@ -99,42 +91,69 @@ def needs_grad(*tensors: Any) -> bool:
 
 
 def ask(
-    options: AttentionOptions,
-    metadata: Any,
+    asked: Asked,
+    longest: Any,
     qkv: tuple[Tensor, Tensor, Tensor],
     others: Others = None,
-    new: New = None,
-    check: Callable[[Tensor, Any, New], None] | None = None,
+    interleaved: bool | None = None,
+    check: Callable[[Tensor, tuple], None] | None = None,
     aux: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     """(out, lse) of a flat call, see `repeat`: the short way if it was made before.
 
-    `metadata` is what get_scheduler_metadata returned. `check` is left out where the same call has
-    passed it before. `aux` are tensors for a user's functions.
+    `longest` is max_seqlen_k. `check` is left out where the same call has passed it before. `aux`
+    are tensors for a user's functions.
     """
-    key = None if aux is not None else key_of(options, metadata, qkv, others, new)
-    known = None if key is None else execute.repeats.get(key)
-    if known is not None:
-        return known(qkv, others, new)
+    key = None if aux is not None else key_of(asked, longest, qkv, others, interleaved)
+    if key is not None:
+        try:
+            known = repeats.get(key)
+        except TypeError:  # a list, say
+            key = known = None
+        if known is not None:
+            found = known.again(qkv, others)
+            if found is not None:
+                return found
     q, k, v = qkv
+    others = (None,) * len(OTHERS) if others is None else others
     if check is not None:
-        check(q, others, new)
-    named: dict[str, Any] = {} if others is None else dict(zip(OTHERS, others, strict=True))
+        check(q, others)
+    named: dict[str, Any] = dict(zip(OTHERS, others, strict=False))
     tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux is None else tuple(aux)
-    update = None if new is None else CacheUpdate(*new)
-    return send(tensors, options, metadata, update, key)
+    new = others[len(OTHERS) :]
+    update = CacheUpdate(*new, rotary_interleaved=interleaved) if new else None
+    if key is not None and not _is_plain(asked, longest):
+        key = None
+    return send(tensors, asked, longest, update, key)
+
+
+def options_of(asked: Asked, longest: Any, requires_grad: bool) -> AttentionOptions:
+    """What is asked, checked and in canonical form."""
+    causal, window, mask_mod, *values, _ = asked
+    return AttentionOptions(
+        mask=make_mask_rule(causal, window, mask_mod),
+        max_seqlen_k=longest,
+        requires_grad=requires_grad,
+        **dict(zip(_FIELDS, values, strict=True)),
+    )
 
 
 def send(
     tensors: AttentionTensors,
-    options: AttentionOptions,
-    metadata: Any,
+    asked: Asked,
+    longest: Any,
     update: CacheUpdate | None = None,
     key: tuple | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(out, lse): through an operator where torch must see one, else straight to the variant."""
-    q = tensors.q
+    """(out, lse): through an operator where torch must see one, else straight to the variant.
+
+    Without a `key`, the call may still be known by its options in canonical form.
+    """
+    q, metadata = tensors.q, asked[-1]
+    written = () if update is None else (update.k, update.v)
+    grad = needs_grad(q, tensors.k, tensors.v, tensors.sink, *written)
+    options = options_of(asked, longest, grad)
     if metadata is not None:
         options = with_metadata(metadata, tensors, options)
     if options.dropout_p and isinstance(q, Tensor):
@@ -145,6 +164,8 @@ def send(
     elif options.requires_grad and update is None and tensors.out is None and tensors.lse is None:
         AttentionProblem.from_tensors(tensors, options)  # before the operator's schema complains
         return _through_operator(tensors, options, None)
+    if key is None:
+        return execute.attend_again(tensors, options, update)
     return execute.attend(tensors, options, update, key)
 
 
