@@ -23,7 +23,7 @@ from .launcher.kernel import Kernel, ReadyCall, apart
 from .problem import OTHERS, AttentionProblem, AttentionTensors, Layout
 from .splits import planned_length
 
-Others = tuple[Tensor | None, ...] | None
+Others = tuple[Any, ...] | None  # of tensors and None
 Launched = Sequence[tuple[Kernel, Any, ReadyCall]]  # kernels, their arguments, what came of it
 
 _NEW = ("k_new", "v_new", "cache_seqlens", "cu_seqlens_k_new", "rotary_cos", "rotary_sin")
@@ -83,24 +83,26 @@ def key_of(
     q, k, v = qkv
     if is_compiling() or type(q) is not Tensor:
         return None
-    more: list[Any] = []
     # True stands for the strides of a contiguous tensor: those of dimensions of size 1, in which
     # such tensors may differ, reach no address.
     try:
         if is_grad_enabled() and _is_recorded(qkv, others):
             return None
-        if others is not None:
-            if longest is not None and not (others[_CU_K] is others[_USED_K] is None):
-                longest = planned_length(longest)
-            for i, t in enumerate(others):
-                if t is not None:
-                    more += (i, t.size(), t.is_contiguous() or t.stride(), t.dtype, t.get_device())
-        return (
+        key = (
             q.size(), q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
             k.size(), k.is_contiguous() or k.stride(), k.dtype, k.get_device(),
             v.size(), v.is_contiguous() or v.stride(), v.dtype, v.get_device(),
-            asked, longest, interleaved, *more,
+            asked,
         )  # fmt: skip
+        if others is None:
+            return key
+        if longest is not None and not (others[_CU_K] is others[_USED_K] is None):
+            longest = planned_length(longest)
+        more = [*key, longest, interleaved]
+        for i, t in enumerate(others):
+            if t is not None:
+                more += (i, t.size(), t.is_contiguous() or t.stride(), t.dtype, t.get_device())
+        return tuple(more)
     except AttributeError:
         return None
 
@@ -119,9 +121,9 @@ def _is_recorded(qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> bool:
 class Repeat:
     """Allocates what the first call allocated, and launches what it launched.
 
-    All launches take their addresses from one list: those of q, k, v, out and, if asked for, LSE; of
-    what else they read, `more` places of a flat call; of scratch memory, if there is any; the
-    stream; and addresses inside of these. `aligned` are the places in the list of what has to be
+    All launches take their addresses from one list: the stream; those of q, k, v, out and, if asked
+    for, LSE; of what else they read, `more` places of a flat call; of scratch memory, if there is
+    any; and addresses inside of these. `aligned` are the places in the list of what has to be
     aligned beside q, k, v and out.
     """
 
@@ -152,19 +154,20 @@ class Repeat:
             written = {name: new for name, new in written.items() if new in begins}
             found[1] = [written.get(name, name) for name in found[1]]
         seen = {name for names in found for name in names}
-        first = ["q", "k", "v", "out"] if self.new_lse is None else ["q", "k", "v", "out", "lse"]
+        first = ["stream", "q", "k", "v", "out"]
+        if self.new_lse is not None:
+            first.append("lse")
         more = [name for name in _MORE if name in seen and name not in first]
         names = first + more
         self.more = tuple(map(_MORE.index, more))
         self.aligned = tuple(names.index(name) for name in more if name in _ALIGNED)
-        stream = len(names) + bool(begins)
         where = {name: (i, 0) for i, name in enumerate(names)}
         where |= {name: (len(names), begin) for name, begin in begins.items()}
         steps = []
         for (_, _, ready), sources in zip(launched, found, strict=True):
-            pairs = [*(where[name] for name in sources), (stream, 0)]
+            pairs = [where[name] for name in (*sources, "stream")]
             steps.append([(at, pairs[n][0], pairs[n][1] + more) for at, n, more in ready.patches])
-        writes, self.derived = apart(steps, stream + 1)
+        writes, self.derived = apart(steps, len(names) + bool(begins))
         self.steps = [(ready, w) for (_, _, ready), w in zip(launched, writes, strict=True)]
         return names
 
@@ -201,8 +204,10 @@ class Repeat:
         if out is None:
             # The cheapest way to new memory is to ask for more of the same.
             out = empty_like(q) if self.out_like_q else self.new_out()
-        addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()]
-        together = addresses[0] | addresses[1] | addresses[2] | addresses[3]
+        driver, device = self.driver, self.device
+        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        together = q_at | k_at | v_at | out_at
+        addresses = [driver.stream(device), q_at, k_at, v_at, out_at]
         if self.new_lse is not None:
             if lse is None:
                 lse = self.new_lse()
@@ -218,21 +223,18 @@ class Repeat:
             # From PyTorch's allocator: a CUDA graph owns its own, and streams do not share any.
             scratch = self.new_scratch()
             addresses.append(scratch.data_ptr())
-        driver, device = self.driver, self.device
-        stream = driver.stream(device)
-        addresses.append(stream)
         for source, distance in self.derived:
             addresses.append(addresses[source] + distance)
         if driver.current_device() == device:
-            self._launch(addresses, stream)
+            self._launch(addresses)
         else:
             with driver.on(device):
-                self._launch(addresses, stream)
+                self._launch(addresses)
         return out, lse
 
-    def _launch(self, addresses: list[int], stream: int) -> None:
+    def _launch(self, addresses: list[int]) -> None:
         for place, number, word in self.fills:
-            self.driver.fill(addresses[place], number, word, stream)
+            self.driver.fill(addresses[place], number, word, addresses[0])
         for ready, writes in self.steps:
             ready.issue(writes, addresses)
 

@@ -36,7 +36,9 @@ def planned_length(longest: Any) -> Any:
     """
     if type(longest) is not int or longest <= 0:
         return longest
-    step = max(SHORTEST_STEP, (1 << longest.bit_length()) // (2 * LENGTH_STEPS))
+    step = SHORTEST_STEP
+    if longest > 2 * LENGTH_STEPS * SHORTEST_STEP:
+        step = (1 << longest.bit_length()) // (2 * LENGTH_STEPS)
     return -(-longest // step) * step
 
 

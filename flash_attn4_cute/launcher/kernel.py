@@ -46,7 +46,7 @@ class ReadyCall:
         self.base = -(-ctypes.addressof(self.memory) // _ALIGN) * _ALIGN
         start = self.base - ctypes.addressof(self.memory)
         self.bytes = memoryview(self.memory).cast("B")[start : start + layout.size]
-        self.words = self.bytes.cast("Q")
+        self.words = (ctypes.c_uint64 * (layout.size // 8)).from_buffer(self.bytes)
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         followed = dict(program.follows)
         pointers = kernel.pointer_numbers

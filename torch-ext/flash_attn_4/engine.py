@@ -106,22 +106,11 @@ def _flash_attn_fwd(
         scheduler_metadata,
     )
     others = (
-        out,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        page_table,
-        None,
-        None,
-        k_descale,
-        v_descale,
-        learnable_sink,
-        None,
-    )
+        out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, None, None,
+        k_descale, v_descale, learnable_sink, None,
+    )  # fmt: skip
     if block_sparse_tensors is None:
-        return ask(asked, max_seqlen_k, (q, k, v), others, aux=aux_tensors)
+        return ask(asked, max_seqlen_k, (q, k, v), others, aux_tensors)
     named: dict[str, Any] = dict(zip(OTHERS, others, strict=True))
     tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux_tensors is None else tuple(aux_tensors)

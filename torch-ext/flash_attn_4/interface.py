@@ -80,8 +80,10 @@ def flash_attn_func(
     )
     others = None
     if not (out is sink is alibi_slopes is None):
-        others = (out, *[None] * 10, sink, alibi_slopes)
-    out, lse = ask(asked, None, (q, k, v), others, aux=aux_tensors)
+        others = (
+            out, None, None, None, None, None, None, None, None, None, None, sink, alibi_slopes,
+        )  # fmt: skip
+    out, lse = ask(asked, None, (q, k, v), others, aux_tensors)
     return (out, lse) if return_lse else out
 
 
@@ -163,9 +165,11 @@ def flash_attn_varlen_func(
         return_lse,
         scheduler_metadata,
     )
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    others = (out, None, *lengths, table, None, None, k_descale, v_descale, sink, alibi_slopes)
-    out, lse = ask(asked, max_seqlen_k, (q, k, v), others, aux=aux_tensors)
+    others = (
+        out, None, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, table, None, None,
+        k_descale, v_descale, sink, alibi_slopes,
+    )  # fmt: skip
+    out, lse = ask(asked, max_seqlen_k, (q, k, v), others, aux_tensors)
     return (out, lse) if return_lse else out
 
 
@@ -240,7 +244,9 @@ def flash_attn_with_kvcache(
     {raises}
     """
     return_lse = return_lse or return_softmax_lse
-    lengths = _cache_lengths(q, cache_seqlens, cu_seqlens_q)
+    lengths = cache_seqlens
+    if lengths is not None and not (isinstance(lengths, Tensor) and lengths.dim()):
+        lengths = _equal_lengths(q, lengths, cu_seqlens_q)
     table = one_of("block_table", block_table, "page_table", page_table)
     sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     asked = (
@@ -258,24 +264,20 @@ def flash_attn_with_kvcache(
         return_lse,
         scheduler_metadata,
     )
-    others = (
-        *(out, None, cu_seqlens_q, None, None, lengths, table, cache_batch_idx, cache_leftpad),
-        *(k_descale, v_descale, sink, alibi_slopes),
-    )
+    others: tuple = (
+        out, None, cu_seqlens_q, None, None, lengths, table, cache_batch_idx, cache_leftpad,
+        k_descale, v_descale, sink, alibi_slopes,
+    )  # fmt: skip
     interleaved = None
     if not (k is v is rotary_cos is rotary_sin is None):
         others += (k, v, lengths, cu_seqlens_k_new, rotary_cos, rotary_sin)
-        interleaved = rotary_interleaved
-    out, lse = ask(asked, None, (q, k_cache, v_cache), others, interleaved, _check_cache_call)
+        interleaved = bool(rotary_interleaved)
+    out, lse = ask(asked, None, (q, k_cache, v_cache), others, None, interleaved, _check_cache_call)
     return (out, lse) if return_lse else out
 
 
-def _cache_lengths(
-    q: Tensor, cache_seqlens: int | Tensor | None, cu_seqlens_q: Tensor | None
-) -> Tensor | None:
-    """cache_seqlens as an int32 tensor (b,), if it is right."""
-    if cache_seqlens is None or (isinstance(cache_seqlens, Tensor) and cache_seqlens.dim() > 0):
-        return cache_seqlens
+def _equal_lengths(q: Tensor, cache_seqlens: int | Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """cache_seqlens, one number for all sequences, as an int32 tensor (b,)."""
     length = as_int("cache_seqlens", cache_seqlens)
     return torch.full((_batch(q, cu_seqlens_q),), length, dtype=torch.int32, device=q.device)
 

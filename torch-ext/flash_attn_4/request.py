@@ -94,15 +94,15 @@ def ask(
     asked: Asked,
     longest: Any,
     qkv: tuple[Tensor, Tensor, Tensor],
-    others: Others = None,
+    others: Others,
+    aux: Sequence[Tensor] | None = None,
     interleaved: bool | None = None,
     check: Callable[[Tensor, tuple], None] | None = None,
-    aux: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     """(out, lse) of a flat call, see `repeat`: the short way if it was made before.
 
-    `longest` is max_seqlen_k. `check` is left out where the same call has passed it before. `aux`
-    are tensors for a user's functions.
+    `longest` is max_seqlen_k. `aux` are tensors for a user's functions. `check` is left out where
+    the same call has passed it before.
     """
     key = None if aux is not None else key_of(asked, longest, qkv, others, interleaved)
     if key is not None:
@@ -121,8 +121,10 @@ def ask(
     named: dict[str, Any] = dict(zip(OTHERS, others, strict=False))
     tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux is None else tuple(aux)
-    new = others[len(OTHERS) :]
-    update = CacheUpdate(*new, rotary_interleaved=interleaved) if new else None
+    update = None
+    if interleaved is not None:
+        k_new, v_new, lengths, cu_new, cos, sin = others[len(OTHERS) :]
+        update = CacheUpdate(k_new, v_new, lengths, cu_new, cos, sin, interleaved)
     if key is not None and not _is_plain(asked, longest):
         key = None
     return send(tensors, asked, longest, update, key)
