@@ -35,8 +35,8 @@ BATCH, HEADS, HEADS_KV, DIM, CAPACITY, PAGE = 8, 32, 8, 128, 1024, 16
 def no_driver(kernel: ModuleType) -> Iterator[None]:
     """While it lasts, calls on CPU tensors are planned for an H200 and launch nothing."""
     package = f"{kernel.__name__}.flash_attn4_cute"
-    names = ("plan", "append_plan", "device", "launcher.driver")
-    plan, append, device, drivers = (importlib.import_module(f"{package}.{n}") for n in names)
+    names = ("plan", "append_plan", "combine_plan", "device", "launcher.driver")
+    *planners, device, drivers = (importlib.import_module(f"{package}.{n}") for n in names)
     execute = importlib.import_module(f"{kernel.__name__}.execute")
     nothing = ctypes.CDLL(None).pthread_equal  # 0, no error, for two pointers that differ
 
@@ -57,14 +57,17 @@ def no_driver(kernel: ModuleType) -> Iterator[None]:
     # As cheap as what PyTorch has for a card.
     driver.stream, driver.current_device = {0: 0}.__getitem__, itertools.repeat(0).__next__
     card = device.Card("no card", (9, 0), 132)
-    before = drivers.cuda_driver, execute._variant, plan.supported_card
+    before = drivers.cuda_driver, execute._variant, execute.has_kernels, device.supported_card
     drivers.cuda_driver, execute._variant = lambda: driver, lambda problem: execute._cuda()
-    plan.supported_card = append.supported_card = lambda device: card
+    execute.has_kernels = lambda device: True
+    for planner in planners:
+        planner.supported_card = lambda device: card
     try:
         yield
     finally:
-        drivers.cuda_driver, execute._variant, plan.supported_card = before
-        append.supported_card = before[2]
+        drivers.cuda_driver, execute._variant, execute.has_kernels, supported_card = before
+        for planner in planners:
+            planner.supported_card = supported_card
 
 
 def calls(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
@@ -90,6 +93,8 @@ def calls(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     longer = itertools.cycle(range(CAPACITY // 2, 20 * CAPACITY))
     dense, ragged = kernel.flash_attn_func, kernel.flash_attn_varlen_func
     cached, engine = kernel.flash_attn_with_kvcache, kernel._flash_attn_fwd
+    sums = torch.zeros(1, HEADS, 128, device=device)
+    states = (q, sums, torch.empty_like(q), torch.empty_like(sums))
     return {
         "dense": lambda: dense(q, k, v, causal=True),
         "dense with LSE": lambda: dense(q, k, v, causal=True, return_lse=True),
@@ -121,6 +126,7 @@ def calls(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
             one, *cache, *new, cache_seqlens=lengths, causal=True, num_splits=4,
             rotary_cos=cos, rotary_sin=sin, rotary_interleaved=False,
         ),
+        "merge of two states": lambda: kernel.merge_attention_states(*states),
     }  # fmt: skip
 
 

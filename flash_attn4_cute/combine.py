@@ -99,9 +99,6 @@ class CombineKernel:
     @cute.jit
     def __call__(self, args: CombineArgs, stream):
         mO = args.mO
-        if const_expr(isinstance(args.mOPartial, tuple)):
-            outs, lses = pair(*args.mOPartial, self.vector), pair(*args.mLSEPartial, 1)
-            args = args._replace(mOPartial=outs, mLSEPartial=lses)
         num_batch = Int32(1)
         if const_expr(args.mCuSeqlensQ is not None):
             num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
@@ -117,6 +114,10 @@ class CombineKernel:
 
     @cute.kernel
     def kernel(self, args: CombineArgs):
+        # Here and not in __call__: so that the addresses are all that changes in a launch.
+        if const_expr(isinstance(args.mOPartial, tuple)):
+            outs, lses = pair(*args.mOPartial, self.vector), pair(*args.mLSEPartial, 1)
+            args = args._replace(mOPartial=outs, mLSEPartial=lses)
         smem = cutlass.memory.SmemAllocator()
         weights = cute.make_layout((WARPS, MAX_PARTS), stride=(MAX_PARTS, 1))
         sWeights = smem.allocate_tensor(Float32, weights, 16)

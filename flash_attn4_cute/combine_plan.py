@@ -62,15 +62,18 @@ def check_merge(name: str, partial: Tensor) -> None:
         )
 
 
-def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
+def merge(
+    outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: Tensor
+) -> tuple | None:
     """Write the merge of one stack of parts, or of two parts, to `out` and `lse`.
 
     Everything happens on the device's current stream, without waiting for it. More parts than one
-    launch takes are merged in groups first.
+    launch takes are merged in groups first. Returns the kernel and what it returned, if one launch
+    of these very tensors was all.
     """
     if out.numel() == 0:
         lse.fill_(-torch.inf)
-        return
+        return None
     if len(outs) == 1 and outs[0].shape[0] > MAX_SPLITS:
         groups = range(0, outs[0].shape[0], MAX_SPLITS)
         partial = out.new_empty((len(groups), *out.shape), dtype=torch.float32)
@@ -79,7 +82,8 @@ def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: 
             chosen = slice(first, first + MAX_SPLITS)
             merge((outs[0][chosen],), (lses[0][chosen],), partial[i], partial_lse[i])
         merge((partial,), (partial_lse,), out, lse)
-        return
+        return None
+    given = (*outs, *lses)
     if len(outs) == 2:
         outs, lses = _alike(outs), _alike(lses)
     key = combine_key(outs, out)
@@ -93,7 +97,10 @@ def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: 
         None,
         out.shape[-3],
     )
-    compiler.compiled(key)(args)
+    kernel = compiler.compiled(key)
+    launched = kernel, kernel(args)
+    copied = any(a is not b for a, b in zip(given, (*outs, *lses), strict=True))
+    return None if copied else launched
 
 
 def combine_key(outs: tuple[Tensor, ...], out: Tensor) -> CombineKey:

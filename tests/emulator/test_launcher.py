@@ -160,14 +160,14 @@ def assert_same(launch: Any, expected: Launch, found: Launch) -> None:
 def on_gpu(fa4, monkeypatch):
     """fa4's launches of CPU tensors, recorded; the kernel is compiled once for all tests."""
     package = f"{fa4.__name__}.flash_attn4_cute"
-    execute, plan, append_plan, device, driver = (
-        importlib.import_module(name)
-        for name in (f"{fa4.__name__}.execute", f"{package}.plan", f"{package}.append_plan",
-                     f"{package}.device", f"{package}.launcher.driver")
-    )  # fmt: skip
-    for planner in (plan, append_plan):
+    names = ("plan", "append_plan", "combine_plan", "device", "launcher.driver", "repeat_merge")
+    *planners, device, driver, merges = (importlib.import_module(f"{package}.{n}") for n in names)
+    execute, plan = importlib.import_module(f"{fa4.__name__}.execute"), planners[0]
+    for planner in planners:
         monkeypatch.setattr(planner, "supported_card", lambda d: device.Card("a card", (12, 0), 4))
     monkeypatch.setattr(execute, "_variant", lambda problem: execute._cuda())
+    monkeypatch.setattr(execute, "has_kernels", lambda device: True)
+    monkeypatch.setattr(merges, "known", {})
     execute.repeats.clear()
     plan.make_plan.cache_clear()
     with recorded(driver) as launches:
@@ -287,6 +287,34 @@ def test_a_repeated_step_appends_before_it_attends(fa4, on_gpu, paged, rotary):
             assert moved[first.data_ptr()] == later.data_ptr()
         # Beside what a caller sees: lengths, rotated queries, and the parts with their LSEs.
         assert len(changed) == len(steps[0]) + 2 + 3 + rotary
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["pair", "stack"])
+def test_a_repeated_merge_passes_other_addresses_and_nothing_else(fa4, on_gpu, stacked):
+    """Also of two tensors, whose distance differs from call to call."""
+    _, launches = on_gpu
+    room = torch.zeros(9, 2, 200, 2, 64, dtype=torch.bfloat16)
+    lses = torch.zeros(9, 2, 2, 200)
+    found = []
+    for first, second in ((0, 1), (2, 8), (7, 3)):
+        if stacked:
+            parts = (room[first : first + 2], lses[first : first + 2])
+            answer = fa4.flash_attn_combine(*parts, out_dtype=torch.float32)
+        else:
+            parts = (room[first], lses[first], room[second], lses[second])
+            answer = fa4.merge_attention_states(*parts)
+        found.append([t.data_ptr() for t in (*parts, *answer)])
+    known = importlib.import_module(f"{fa4.__name__}.flash_attn4_cute.repeat_merge").known
+    assert len(launches) == 3 and len(known) == 1
+    for launch, addresses in zip(launches[1:], found[1:], strict=True):
+        moved = dict(zip(found[0], addresses, strict=True))
+        assert with_other_addresses(launches[0].params, moved) == with_other_addresses(
+            launch.params, {}
+        )
+        assert (launch.grid, launch.stream) == (launches[0].grid, 77)
+    misaligned = torch.zeros(2 * 200 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 200, 2, 64)
+    fa4.merge_attention_states(misaligned, lses[0], room[0], lses[0])
+    assert launches[3].kernel != launches[0].kernel, "16 bytes at a time, at any address"
 
 
 def test_growing_maxima_are_one_call(fa4, on_gpu):

