@@ -50,13 +50,15 @@ class Kernel:
     head_dim: int
     head_dim_v: int
     causal: bool
+    pairs: bool = False  # ours: causal tiles by pairs of CTAs, as the plan has it for many keys
 
     @property
     def name(self) -> str:
         dims = f"{self.head_dim}" + (
             f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
         )
-        return f"{self.who} {self.arch} d{dims} {'causal' if self.causal else 'dense'}"
+        pairs = " in pairs" if self.pairs else ""
+        return f"{self.who} {self.arch} d{dims} {'causal' if self.causal else 'dense'}{pairs}"
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,19 @@ def _session_card(arch: str, num_sms: int) -> Card:
 @contextmanager
 def _as_planned(kernel: Kernel, num_sms: int) -> Iterator[Any]:
     """The adapter's forward function, for a card with so many SMs."""
+    from flash_attn4_cute.sm100 import pairing
+
     from ..cli import ours, third_party
 
     if kernel.who == "ours":
         usual, ours.NUM_SMS = ours.NUM_SMS, num_sms
+        pays = pairing.pays_in_pairs
+        if kernel.pairs:  # also for the few queries that are recorded
+            pairing.pays_in_pairs = lambda row, problem: True
         try:
             yield ours.forward
         finally:
-            ours.NUM_SMS = usual
+            ours.NUM_SMS, pairing.pays_in_pairs = usual, pays
         return
     upstream = importlib.import_module("tests.emulator.upstream")
     before = dict(upstream.ARCH)
@@ -185,7 +192,8 @@ def _recorded(kernel: Kernel) -> Runs:
         ]
         return Runs(kernel, *facts, False, runs)
     runs = []
-    for queries, keys in ((rows, SHORT), (rows, LONG), (3 * rows, SHORT), (3 * rows, LONG)):
+    few = max(rows, FEW) if kernel.who == "ours" else rows
+    for queries, keys in ((few, SHORT), (few, LONG), (3 * rows, SHORT), (3 * rows, LONG)):
         # On two SMs the first CTA takes two of three tiles where a CTA takes one after another.
         recording = record(kernel, queries, keys, 2)
         groups = _clusters(recording, ctas)
@@ -199,7 +207,8 @@ def _causal_in_turn(kernel: Kernel, rows: int, ctas: int, per_sm: int) -> Runs:
     """Runs of one CTA, or pair, that takes all tiles of a causal launch, the longest first."""
     runs = []
     few = max(rows, FEW)
-    for queries, keys in ((few, SHORT), (few, LONGEST), (SHORT, SHORT), (LONG, LONG)):
+    other = SHORT if rows < SHORT else LONGEST  # the first run has one tile of SHORT
+    for queries, keys in ((few, SHORT), (few, LONGEST), (other, other), (LONG, LONG)):
         recording = record(kernel, queries, keys, ctas)
         (group,) = _clusters(recording, ctas)
         tiles = queries // rows

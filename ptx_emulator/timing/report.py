@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .calibrate import Model, Row, summary
 from .grid import Prediction, predict
-from .problems import Kernel
+from .problems import Costs, Kernel, Runs
 from .published import SEQLENS, problem_of
 from .table import CONSTANTS, FAMILIES, OVERRIDES
 
@@ -80,26 +80,37 @@ class Cell:
 
 def grid(model: Model, who: Sequence[str] = ("ours", "upstream")) -> tuple[list[Cell], list[str]]:
     """Predictions over head dimensions, masks and lengths, and what could not be predicted."""
-    cells, missing = [], []
+    from flash_attn4_cute.sm100.pairing import sees_enough
+
+    cells: list[Cell] = []
+    missing: list[str] = []
     machine = model.machine
     for d, d_v in DIMENSIONS:
         for causal in (False, True):
-            costs = {}
-            for name in who:
-                kernel = Kernel(name, machine.arch, d, d_v, causal)
-                try:
-                    one = model.lowered(kernel)
-                    costs[name] = one, one.costs(machine)
-                except Exception as error:
-                    missing.append(f"{kernel.name}: {str(error).splitlines()[0][:100]}")
+            costs: dict[Kernel, tuple[Runs, Costs] | None] = {}
             for seqlen in SEQLENS:
                 problem = problem_of(d, d_v, causal, seqlen)
-                found = {
-                    name: predict(problem, one.runs, cost, machine)
-                    for name, (one, cost) in costs.items()
-                }
+                found = {}
+                for name in who:
+                    pairs = name == "ours" and causal and sees_enough(d, seqlen, seqlen)
+                    kernel = Kernel(name, machine.arch, d, d_v, causal, pairs)
+                    if kernel not in costs:
+                        costs[kernel] = _costs(model, kernel, missing)
+                    known = costs[kernel]
+                    if known is not None:
+                        found[name] = predict(problem, *known, machine)
                 cells.append(Cell(machine.arch, d, d_v, causal, seqlen, found))
     return cells, missing
+
+
+def _costs(model: Model, kernel: Kernel, missing: list[str]) -> tuple[Runs, Costs] | None:
+    """What a kernel's tiles are and cost; None, and a line in `missing`, where it has no runs."""
+    try:
+        one = model.lowered(kernel)
+        return one.runs, one.costs(model.machine)
+    except Exception as error:
+        missing.append(f"{kernel.name}: {str(error).splitlines()[0][:100]}")
+        return None
 
 
 def comparison(cells: Sequence[Cell]) -> str:

@@ -141,6 +141,13 @@ def test_numbers_of_key_blocks_with_two_tiles(everywhere, num_blocks):
     assert_right(case(head_dim=128, heads=1, **sizes), ARCHS[num_blocks % 2], (num_blocks,))
 
 
+def test_causal_tiles_in_turn_with_two_tiles(everywhere, monkeypatch):
+    """One pair takes three pieces of work, the longest first, the last rows of which are none."""
+    monkeypatch.setattr(ours, "NUM_SMS", 2)
+    question = case(heads=1, kv_heads=1, head_dim=192, seqlen_q=1100, seqlen_k=1100, right=0)
+    assert_right(replace(question, head_dim_v=128), "sm_103a", (3,))
+
+
 def test_varlen_with_two_tiles(everywhere):
     """Packed sequences of drawn lengths, the last one empty; NaN behind used ones."""
     question = case(varlen=True, batch=4, seqlen_q=300, seqlen_k=400, right=0, dtype=torch.float16)
@@ -157,13 +164,19 @@ def test_varlen_with_two_tiles(everywhere):
         ({"seqlen_q": 600}, False),  # a third tile of 256 rows, for which a pair would need four
         ({"seqlen_q": 5000}, True),
         ({"seqlen_q": 512, "right": 0}, False),
+        ({"seqlen_q": 4096, "seqlen_k": 4096, "right": 0}, True),
+        ({"seqlen_q": 4096, "seqlen_k": 4095, "right": 0}, False),
+        ({"seqlen_q": 2048, "seqlen_k": 2048, "head_dim": 192, "right": 0}, True),
+        ({"seqlen_q": 2048, "seqlen_k": 2047, "head_dim": 192, "right": 0}, False),
+        ({"seqlen_q": 4096, "seqlen_k": 4096, "left": 900, "right": 0}, False),
         ({"seqlen_q": 512, "varlen": True}, False),
         ({"seqlen_q": 512, "head_dim": 64}, False),
     ],
 )
 def test_where_pairs_pay(monkeypatch, changes, pair):
     """As in `pairing.pays_in_pairs`, for what both could do."""
-    question = case(seqlen_k=64, **changes)
+    question = case(**{"seqlen_k": 64, **changes})
+    question = replace(question, head_dim_v=min(question.head_dim, 128))
     inputs, plans = make_inputs(question), []
 
     def stop(problem, tensors):
