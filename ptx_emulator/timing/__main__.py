@@ -80,6 +80,8 @@ def compare(options: argparse.Namespace, models: dict[str, Model]) -> None:
     model = models.get(options.arch) or Model(machine_of(options.arch))
     cells, missing = report.grid(model)
     print(f"\n## Predicted: ours / upstream\n\n{report.comparison(cells)}\n")
+    if not missing:
+        print(f"## Dense, {report.FLOOR_SEQLEN} tokens: what is left\n\n{report.floors(model)}\n")
     kernels = [kernel for kernel in model.kernels if kernel.who in ("ours", "upstream")]
     print(report.cost_table(model, kernels))
     for line in missing:

@@ -114,7 +114,7 @@ def _as_planned(kernel: Kernel, num_sms: int) -> Iterator[Any]:
         usual, ours.NUM_SMS = ours.NUM_SMS, num_sms
         pays = pairing.pays_in_pairs
         if kernel.pairs:  # also for the few queries that are recorded
-            pairing.pays_in_pairs = lambda row, problem: True
+            pairing.pays_in_pairs = lambda row, p: True
         try:
             yield ours.forward
         finally:

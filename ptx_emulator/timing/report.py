@@ -3,12 +3,16 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .calibrate import Model, Row, summary
 from .grid import Prediction, predict
-from .problems import Costs, Kernel, Runs
+from .problems import BLOCK, Costs, Kernel, Runs
 from .published import SEQLENS, problem_of
+from .replay import TENSOR_UNIT, replay
 from .table import CONSTANTS, FAMILIES, OVERRIDES
 
+FLOOR_SEQLEN = 2048
 DIMENSIONS = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 
@@ -111,6 +115,38 @@ def _costs(model: Model, kernel: Kernel, missing: list[str]) -> tuple[Runs, Cost
     except Exception as error:
         missing.append(f"{kernel.name}: {str(error).splitlines()[0][:100]}")
         return None
+
+
+def floors(model: Model, seqlen: int = FLOOR_SEQLEN) -> str:
+    """Ours without a mask, and the least that its tensor core would take, over upstream's.
+
+    Two floors, both in the launch's waves and with its fixed costs, but without a CTA's start and
+    with a tensor core that never pauses: for the products and what shared memory adds to them in
+    the replays, and for the products alone.
+    """
+    machine, lines = model.machine, []
+    for d, d_v in DIMENSIONS:
+        problem = problem_of(d, d_v, False, seqlen)
+        ours = model.lowered(Kernel("ours", machine.arch, d, d_v, False))
+        upstream = model.lowered(Kernel("upstream", machine.arch, d, d_v, False))
+        other = predict(problem, upstream.runs, upstream.costs(machine), machine).tflops
+        runs, rows = ours.runs, ours.runs.rows // ours.runs.ctas
+        busy = [replay(one, machine).busy[0][TENSOR_UNIT] for one in ours.streams]
+        left = np.array([(run.tiles, run.blocks) for run in runs.runs], float)
+        tile, block = map(float, np.linalg.lstsq(left, np.array(busy), rcond=None)[0])
+        products = 2 * rows * BLOCK * (d + d_v) / machine["tensor_flops"]
+        row = [machine.arch[:-1], f"{d}" if d == d_v else f"{d}/{d_v}", f"{other:.0f}"]
+        for costs in (
+            ours.costs(machine),
+            Costs(0.0, tile, block),
+            Costs(0.0, 0.0, products),
+        ):
+            found = predict(problem, runs, costs, machine).tflops
+            cycles = f"{costs.start:.0f} + {costs.tile:.0f} + {costs.block:.0f}"
+            row.append(f"{found:.0f} = {found / other:.2f} ({cycles})")
+        lines.append(row)
+    heads = ["card", "d", "upstream", "ours: start + tile + block", "tensor core", "its products"]
+    return table(heads, lines)
 
 
 def comparison(cells: Sequence[Cell]) -> str:
