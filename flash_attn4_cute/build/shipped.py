@@ -114,6 +114,23 @@ SHIPPED: tuple[Calls, ...] = (
         queries=(130,),
     ),
     Calls(
+        what="causal prefill of up to 4095 tokens (192: 2047), dense, where they do not either",
+        dims=((128, 128), (192, 128)),
+        masks=(CAUSAL,),
+        layouts=((DENSE, DENSE, None),),
+        queries=(1024,),
+        fixed=(("seqlen_k", 1024),),
+        num_ratios=2,
+    ),
+    Calls(
+        what="the same with LSE",
+        dims=((128, 128),),
+        masks=(CAUSAL,),
+        layouts=((DENSE, DENSE, None),),
+        queries=(1024,),
+        fixed=(("seqlen_k", 1024), ("return_lse", True)),
+    ),
+    Calls(
         what="prefill of latent attention, dense and packed",
         dims=((192, 128),),
         masks=(FULL, CAUSAL),

@@ -233,12 +233,12 @@ def signal_home(g: Gang, signal: Any) -> tuple[int, int, int]:
 def _inner_claim(plain: Callable[..., None]) -> Callable[..., None]:
     """Product.claim: the shape of a product: (rows, columns), (CTAs, 1 if A is in TMEM)."""
 
-    def claim(self: Any, op: Any) -> None:
+    def claim(self: Any, op: Any, agent: Any) -> None:
         if _current:
             form, in_tmem = self.form, int(self.left is None)
             events = _current[-1].events[-1]
             events.setdefault(-1, []).extend([(form.rows, form.n), (form.group, in_tmem)])
-        plain(self, op)
+        plain(self, op, agent)
 
     return claim
 
