@@ -89,9 +89,9 @@ def key_of(
         if is_grad_enabled() and _is_recorded(qkv, others):
             return None
         key = (
-            q.size(), q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
-            k.size(), k.is_contiguous() or k.stride(), k.dtype, k.get_device(),
-            v.size(), v.is_contiguous() or v.stride(), v.dtype, v.get_device(),
+            q.shape, q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
+            k.shape, k.is_contiguous() or k.stride(), k.dtype, k.get_device(),
+            v.shape, v.is_contiguous() or v.stride(), v.dtype, v.get_device(),
             asked,
         )  # fmt: skip
         if others is None:
@@ -101,7 +101,7 @@ def key_of(
         more = [*key, longest, interleaved]
         for i, t in enumerate(others):
             if t is not None:
-                more += (i, t.size(), t.is_contiguous() or t.stride(), t.dtype, t.get_device())
+                more += (i, t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
         return tuple(more)
     except AttributeError:
         return None

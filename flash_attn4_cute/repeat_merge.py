@@ -26,7 +26,7 @@ def key_of(outs: Parts, lses: Parts, out: Tensor | None, dtype: torch.dtype | No
         for t in (*outs, *lses) if out is None else (*outs, *lses, out):
             if type(t) is not Tensor or (t.requires_grad and is_grad_enabled()):
                 return None
-            key += (t.size(), t.is_contiguous() or t.stride(), t.dtype, t.get_device())
+            key += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
     except AttributeError:
         return None
     return tuple(key)
