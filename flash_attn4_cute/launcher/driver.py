@@ -91,10 +91,11 @@ class Driver:
             ctypes.c_void_p(stream),
         )
         error = self.library.cuMemsetD32Async(*arguments)
-        if error in NO_CONTEXT:
-            self.attach(self.current_device())
-            error = self.library.cuMemsetD32Async(*arguments)
-        self.check(error, "cuMemsetD32Async")
+        if error:
+            if error in NO_CONTEXT:
+                self.attach(self.current_device())
+                error = self.library.cuMemsetD32Async(*arguments)
+            self.check(error, "cuMemsetD32Async")
 
     def on(self, device: int) -> Any:
         """A context in which `device` is the current one."""

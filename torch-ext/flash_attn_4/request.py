@@ -5,6 +5,7 @@ Aliases are resolved here and nowhere else; below this file each thing has one n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,6 +142,9 @@ def options_of(asked: Asked, longest: Any, requires_grad: bool) -> AttentionOpti
     )
 
 
+_kept_options_of = functools.lru_cache(maxsize=1024)(options_of)  # of what may be kept
+
+
 def send(
     tensors: AttentionTensors,
     asked: Asked,
@@ -150,12 +154,13 @@ def send(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse): through an operator where torch must see one, else straight to the variant.
 
-    Without a `key`, the call may still be known by its options in canonical form.
+    Only what may be kept has a `key`. Without one, the call may still be known by its options in
+    canonical form.
     """
     q, metadata = tensors.q, asked[-1]
     written = () if update is None else (update.k, update.v)
     grad = needs_grad(q, tensors.k, tensors.v, tensors.sink, *written)
-    options = options_of(asked, longest, grad)
+    options = (options_of if key is None else _kept_options_of)(asked, longest, grad)
     if metadata is not None:
         options = with_metadata(metadata, tensors, options)
     if options.dropout_p and isinstance(q, Tensor):
