@@ -289,6 +289,18 @@ def test_a_repeated_step_appends_before_it_attends(fa4, on_gpu, paged, rotary):
         assert len(changed) == len(steps[0]) + 2 + 3 + rotary
 
 
+def test_new_keys_at_odd_addresses_are_another_call(fa4, on_gpu):
+    """Of the same shape and strides, after a call that moved 16 bytes at a time, and before one."""
+    execute, launches = on_gpu
+    step = cache_step(0, paged=False, rotary=False)
+    options = {"causal": True, "num_splits": 2, "return_lse": True}
+    odd = torch.zeros(step["k"].numel() + 1, dtype=torch.bfloat16)[1:].view(step["k"].shape)
+    for k in (step["k"], odd, step["k"], odd):
+        fa4.flash_attn_with_kvcache(**step | {"k": k}, **options)
+    appends = [launch.kernel for launch in launches[::3]]
+    assert appends[0] == appends[2] != appends[1] == appends[3] and len(execute.repeats) == 1
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["pair", "stack"])
 def test_a_repeated_merge_passes_other_addresses_and_nothing_else(fa4, on_gpu, stacked):
     """Also of two tensors, whose distance differs from call to call."""
