@@ -8,6 +8,7 @@ from flash_attn4_cute.device import VARIANTS, Card
 from flash_attn4_cute.mask_rule import FULL, Band
 from flash_attn4_cute.plan import plan_on
 from flash_attn4_cute.problem import AttentionProblem, Layout
+from flash_attn4_cute.sm100.pairing import SEEN_KEYS
 
 from .cases import Case
 
@@ -21,18 +22,21 @@ LAYOUTS = {
 }
 
 
-def small_case(problem: AttentionProblem, number: int) -> Case:
-    """A call of few tokens that the same kernel answers."""
+def small_case(problem: AttentionProblem, key: Any, number: int) -> Case:
+    """A call of few tokens that the same kernel, `key`, answers."""
     unmasked = problem.mask == FULL and problem.q_layout is Layout.DENSE
-    queries = min(problem.seqlen_q, PAIRED if unmasked else SHORT)
+    queries, keys = min(problem.seqlen_q, PAIRED if unmasked else SHORT), 150
+    if not unmasked and getattr(key.cfg, "ctas", 1) == 2 and key.cfg.q_tiles == 2:
+        # Under a mask, pairs want queries that see many keys.
+        queries, keys = PAIRED, SEEN_KEYS[problem.head_dim] + PAIRED // 2
     dense_q, dense_k = (x is Layout.DENSE for x in (problem.q_layout, problem.kv_layout))
     band = problem.mask if isinstance(problem.mask, Band) else None
     window = (40, 0) if band is not None and band.left is not None else (None, None)
     return Case(
         name=f"packaged {number}",
         seqlens_q=(queries, queries if dense_q else max(queries // 2, 1)),
-        seqlens_k=(150, 150 if dense_k else 81),
-        used_k=(150, 81) if dense_k and problem.has_seqused_k else None,
+        seqlens_k=(keys, keys if dense_k else 81),
+        used_k=(keys, 81) if dense_k and problem.has_seqused_k else None,
         heads=max(problem.num_heads // problem.num_heads_kv, 2),
         heads_kv=1 if problem.num_heads > problem.num_heads_kv else 2,
         d=problem.head_dim,
@@ -57,5 +61,5 @@ def cases(variant: str) -> dict[Any, Case]:
     for calls in SHIPPED:
         for problem in calls.problems():
             key = with_target(plan_on(problem, Card(variant, capability, 132)).key)
-            found.setdefault(key, small_case(problem, len(found)))
+            found.setdefault(key, small_case(problem, key, len(found)))
     return found
