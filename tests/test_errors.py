@@ -145,13 +145,13 @@ def test_block_lists_go_to_a_kernel_that_follows_them(fa4, card, capability, fam
 
 @pytest.mark.parametrize("capability", [(9, 0), (12, 0)])
 def test_rows_choose_the_kernel_for_pages_and_splits(fa4, card, capability):
-    """Few query rows decode; many take the forward kernel."""
+    """Few queries decode; many take the forward kernel."""
     plan = card(capability)
     layout = fa4.flash_attn4_cute.problem.Layout
     pages = {"kv_layout": layout.PAGED, "page_size": 16, "seqlen_k": 4096, "has_seqused_k": True}
     for asked in (pages, {"num_splits": 3}, pages | {"num_splits": 3, "dropout_p": 0.1}):
         few, many = (
-            plan.make_plan(gpu_problem(fa4, seqlen_q=rows, **asked)) for rows in (128, 129)
+            plan.make_plan(gpu_problem(fa4, seqlen_q=tokens, **asked)) for tokens in (64, 65)
         )
         decodes = "dropout_p" not in asked
         assert ("decode" in few.explain()) == decodes and "mma.sync forward" in many.explain()

@@ -285,7 +285,7 @@ class PagedKv:
             key = (block - index // tile.num_boxes) * tile.block_n + box * tile.box_n
             places[i, 0] = self.num_pages
             if key >= 0 and key < self.seqlen:
-                entry = key // self.page_size
+                entry = quotient(key, self.page_size)
                 places[i, 0] = self.mPages[entry]
                 places[i, 1] = (key - entry * self.page_size) // tile.box_n
         return places
@@ -380,3 +380,12 @@ def copy_or_clear(target: Int32, source: Int64, num_bytes: Int32, *, loc=None, i
         loc=loc,
         ip=ip,
     )
+
+
+@cute.jit
+def quotient(a: Int32, b: Int32) -> Int32:
+    """a // b of numbers that are not negative; at once where b is a power of two, as pages are."""
+    result = Int32(a >> (31 - Int32(cute.arch.clz(b))))
+    if b & (b - 1) != 0:
+        result = a // b
+    return result
