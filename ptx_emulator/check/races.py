@@ -71,7 +71,6 @@ class RaceChecker:
         self.W = num_warps
         self.tmem = 2 * num_warps + 1 + MAX_BARRIERS  # first of the columns of tensor memory
         self.columns = self.tmem + TMEM_KINDS * num_warps
-        self.tmem_count = np.zeros(self.columns, np.int32)  # accesses so far, by their column
         self.clock = np.zeros((num_warps, self.columns), np.int32)
         self.own = np.arange(num_warps)
         self.clock[self.own, self.own] = 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..check.tmem_fences import fences_of
-from ..check.tmem_races import LOAD, STORE, TmemRaces
+from ..check.tmem_races import LOAD, STORE, TmemRaces, clocks_of
 from ..findings import BarrierFault, Misaligned, Race, TmemFault, Unmodelled
 from ..machine.async_ops import AsyncOp
 from ..machine.gang import Gang
@@ -31,7 +31,7 @@ def tensor_memory(cta: Any) -> TensorMemory:
     if "tmem" not in cta.state:
         memory = cta.state["tmem"] = TensorMemory(f"CTA {cta.ctaid}")
         if cta.race is not None:
-            memory.races = TmemRaces(cta.race.whole, cta.machine.findings.fences)
+            memory.races = TmemRaces(clocks_of(cta))
     return cta.state["tmem"]
 
 
@@ -235,11 +235,12 @@ def _order(g: Gang, place: Place, region: Region, writes: bool) -> None:
     """Look for what orders an access behind those of others, the fences included."""
     what, warp = f"a tcgen05.{'st' if writes else 'ld'}", int(g.warps[place.position])
     races, watch = tensor_memory(g.cta).races, fences_of(g.cta)
+    if watch is not None:
+        watch.check((g.cta.rank, warp), g.cta.rank, region, writes, what)
     if races is not None:
         kind = STORE if writes else LOAD
         races.access(kind, g.cta.agent(warp), region, writes, what)
     if watch is not None:
-        watch.check((g.cta.rank, warp), g.cta.rank, region, writes, what)
         watch.log((g.cta.rank, warp), g.cta.rank, region, writes)
 
 
@@ -298,7 +299,7 @@ def run_wait_st(g: Gang, mask: Any) -> None:
         warp = int(g.warps[position])
         g.cta.machine.queue.finish(memory.stores.pop(warp, ()))
         if memory.races is not None:
-            memory.races.waited(STORE, g.cta.agent(warp))
+            memory.races.clocks.waited(STORE, g.cta.agent(warp))
 
 
 @instruction("tcgen05.wait::ld")
@@ -311,7 +312,7 @@ def run_wait_ld(g: Gang, mask: Any) -> None:
     races = tensor_memory(g.cta).races
     if races is not None:
         for position in whole_warps(g, mask):
-            races.waited(LOAD, g.cta.agent(int(g.warps[position])))
+            races.clocks.waited(LOAD, g.cta.agent(int(g.warps[position])))
 
 
 @instruction("tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")
@@ -325,6 +326,8 @@ def run_fence(g: Gang, before: bool, mask: Any) -> None:
     if watch is not None:
         for position in whole_warps(g, mask):
             watch.fence((g.cta.rank, int(g.warps[position])), before)
+            if g.cta.race is not None:
+                clocks_of(g.cta).fence(g.cta.agent(int(g.warps[position])), before)
 
 
 # ---- commit ----
@@ -364,7 +367,7 @@ def _arrive(targets: list[tuple[Any, Any]], cta: Any, warp: int) -> Any:
     known = None if race is None else race.depart(warp)
     memory = tensor_memory(cta)
     if memory.races is not None:
-        memory.races.committed(cta.agent(warp), known)
+        memory.races.clocks.committed(cta.agent(warp), known)
     reading = memory.reading.pop(warp, [])
 
     def run() -> None:

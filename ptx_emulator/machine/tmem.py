@@ -75,7 +75,7 @@ class TensorMemory:
         region = Region(address, address + columns)
         self.check(region, True, "tcgen05.dealloc")
         if self.races is not None:
-            self.races.check(warp, region, True, "a tcgen05.dealloc")
+            self.races.check_dealloc(warp, region)
         del self.allocated[address]
         waiting, self.waiting = self.waiting, []
         for gang in waiting:

@@ -114,6 +114,17 @@ def test_waits(missing, schedule):
         run(body, schedule)
 
 
+@pytest.mark.parametrize("schedule", range(8))
+def test_fences_on_the_wrong_side(schedule):
+    """A fence behind the barrier, or in front of it, whether or not that comes in time."""
+    before, after, barrier = FENCE.format("before"), FENCE.format("after"), "bar.sync 0;\n"
+    end = issue(WITH_P + at(COMMIT, 8)) + wait(8, "wait") + after
+    run(READ + before + barrier + after + end, schedule)
+    for wrong in (barrier + before + after, after + before + barrier):
+        with pytest.raises(Race, match="tcgen05.mma's D .* orders it after|no tcgen05.fence"):
+            run(READ + wrong + end, schedule)
+
+
 def test_loads_without_a_wait():
     """Cards seem to do without, and sessions that ask for no fences do not look for it."""
     sync = FENCE.format("before") + "bar.sync 0;\n" + FENCE.format("after")
