@@ -149,6 +149,8 @@ def _try_all(
             for task in as_completed(tasks, given.seconds):
                 yield tasks.pop(task), task.result()
         except TimeoutError:
+            pass
+        finally:
             pool.shutdown(cancel_futures=True)  # those who have begun end
     yield from ((who, task.result()) for task, who in tasks.items() if not task.cancelled())
 
@@ -165,6 +167,9 @@ def _outcome(name: str, fault: Fault, schedules: int) -> Outcome:
     faulthandler.dump_traceback_later(RUN_SECONDS * schedules, exit=True)
     try:
         return _inherited[name].outcome(fault, schedules)
+    except Exception as error:  # the emulator's own fault: nothing that it noticed
+        text = f"{type(error).__name__}: {error}"
+        return Outcome(fault.kind, Campaign.place(fault), text, "", -1)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..check.races import WORD
 from ..check.tmem_fences import FenceWatch, fences_of
 from ..check.tmem_races import PIPE
 from ..findings import DescriptorFault, TmemFault, Unmodelled
@@ -178,6 +179,7 @@ def issue(g: Gang, operands: tuple[Any, ...], flags: tuple[Any, ...], mask: Any)
         memory.pipes[warp] = g.cta.machine.queue.add(op)
         if g.cta.race is not None:
             for cta, part in itertools.product(ctas, product.words()):
+                cta.smem.check(WORD * part, WORD, WORD, "an operand of a tcgen05.mma")
                 where = part + g.cta.words_to(cta)
                 copy = g.cta.race.issue_product(warp, where, "a tcgen05.mma")
                 memory.reading.setdefault(warp, []).append(copy)

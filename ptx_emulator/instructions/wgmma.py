@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..check.races import Copy
+from ..check.races import WORD, Copy
 from ..findings import DescriptorFault, Race, Unmodelled
 from ..machine import sums
 from ..machine.async_ops import AsyncOp
@@ -142,6 +142,8 @@ def note_operands(g: Gang, operands: tuple[Any, Any], form: Any) -> list[Copy]:
         if left is not None:
             first = 16 * int(warp % 4)
             parts.append(words(left[index], first, 16, trans_a, FORMATS[kinds[0]].container))
+        for part in parts:
+            g.cta.smem.check(WORD * part, WORD, WORD, "an operand of a wgmma")
         found += [g.cta.race.issue_product(int(warp), part, "a wgmma") for part in parts]
     return found
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx_emulator.findings import DescriptorFault, Race, TmemFault
+from ptx_emulator.findings import DescriptorFault, OutOfBounds, Race, TmemFault
 from ptx_emulator.machine.formats import FORMATS
 
 from .programs import run
@@ -324,6 +324,12 @@ def test_operands_overwritten_before_the_commit_is_seen(schedule):
     with pytest.raises(Race):  # of the product or of the store, whichever comes second
         body = ISSUE.format(PRODUCT).replace("$issued:", "$issued:\n" + OVERWRITE)
         execute(body, image, schedule=schedule)
+
+
+def test_operands_behind_shared_memory():
+    body = PRODUCT.replace(descriptor("%rd9", 0, 16), descriptor("%rd9", SMEM, 16))
+    with pytest.raises(OutOfBounds, match="an operand of a tcgen05.mma"):
+        execute(ISSUE.format(body), bytes(4096))
 
 
 # ---- what a session may ask for ----
