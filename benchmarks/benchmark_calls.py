@@ -146,13 +146,12 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     (ready, writes), driver, place = known.steps[0], known.driver, q.device
     asked = (True, (-1, -1), None, None, 0.0, None, 0.0, False, 0, None, None, False, None)
     qkv, out = (q, k, v), torch.empty_like(q)
-    addresses = [t.data_ptr() for t in (q, k, v, out)]
-    addresses.append(driver.stream(0))
+    addresses = [driver.stream(0), *(t.data_ptr() for t in (q, k, v, out))]
     found = {
         "torch.empty_like(q)": lambda: torch.empty_like(q),
         "torch.empty of bytes": lambda: torch.empty(70000, dtype=torch.uint8, device=place),
         "torch.zeros_like(q)": lambda: torch.zeros_like(q),
-        "driver's memset": lambda: driver.fill(addresses[3], out.nbytes // 4, 0, addresses[4]),
+        "driver's memset": lambda: driver.fill(addresses[4], out.nbytes // 4, 0, addresses[0]),
         "current stream": lambda: driver.stream(0),
         "current device": lambda: driver.current_device(),
         "cuLaunchKernelEx alone": lambda: driver.launch(*ready.calls[0]),
@@ -163,7 +162,7 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     raw = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)
     if raw is not None and device == "cuda":
         free = torch._C._cuda_cudaCachingAllocator_raw_delete
-        found["bytes without a tensor"] = lambda: free(raw(70000, addresses[4]))
+        found["bytes without a tensor"] = lambda: free(raw(70000, addresses[0]))
     return found
 
 

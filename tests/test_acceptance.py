@@ -187,3 +187,17 @@ def test_gradients_by_the_same_rule():
     ):
         with pytest.raises(AssertionError, match=" > "):
             acceptance.check_gradient(wrong, exact, naive, naive, "grad")
+
+
+@pytest.mark.parametrize(("sink", "right"), [(95.0, True), (60.0, False)])
+def test_weights_that_float32_cannot_hold_may_be_zero(sink, right):
+    """A sink so far above the scores leaves 2^-137 of the values; 2^-87 of them is not nothing."""
+    q, k, v = (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.ones(1, 1, 8))
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    ref = acceptance.reference(q, k, v, Rule(sink=torch.tensor([sink])))
+    lse = torch.full((1, 1), sink)
+    if right:
+        acceptance.check(torch.zeros_like(q), lse, ref)
+        return
+    with pytest.raises(AssertionError, match="l2"):
+        acceptance.check(torch.zeros_like(q), lse, ref)
