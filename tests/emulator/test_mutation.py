@@ -57,7 +57,18 @@ def test_report(name):
     assert report["faults"] >= (50 if name.endswith("varlen") else 60)
     assert len(report["kinds"]) >= 10
     assert report["caught"] >= 0.95 * report["faults"]
-    explained = (ROOT / "docs" / "emulator.md").read_text()
+    explained = explanations(name)
     for survivor in report["survivors"]:
-        row = f"| {name} | {survivor['kind']} | {survivor['line']} |"
+        row = survivor["kind"], survivor["line"]
         assert row in explained, f"not explained: {row}"
+
+
+def explanations(name):
+    """(kind, line of the PTX) of all survivors that the rows of a subject speak of."""
+    found = set()
+    for row in (ROOT / "docs" / "emulator.md").read_text().splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if len(cells) == 4 and cells[0] == name:
+            kinds, lines = cells[1].split(", "), cells[2].split(", ")
+            found |= {(kind, int(line)) for kind in kinds for line in lines if line.isdigit()}
+    return found
