@@ -112,14 +112,15 @@ SUBJECTS = {
 
 
 def make_steep_inputs(case: Case) -> Inputs:
-    """Inputs whose scores grow along the keys in odd heads, and fall in even ones.
+    """Inputs whose scores fall along the keys in the last head, grow in the one before, and so on.
 
     The running maximum then grows from block to block, whichever way a kernel goes through them,
-    so that it has to rescale what it has summed.
+    so that it has to rescale what it has summed. In the last head the last block is what counts
+    most where a kernel begins with the last keys: what it does there with its last tile shows.
     """
     inputs = make_inputs(case)
     keys = inputs.k.shape[-3]
     steps = torch.linspace(0.25, 4.0, keys)[:, None]
-    odd = torch.arange(case.kv_heads) % 2 == 1
-    inputs.k.mul_(torch.where(odd, steps, steps.flip(0))[..., None])
+    falls = torch.arange(case.kv_heads).flip(0) % 2 == 0
+    inputs.k.mul_(torch.where(falls, steps.flip(0), steps)[..., None])
     return inputs
