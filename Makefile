@@ -56,7 +56,7 @@ emulate: ## run a kernel on an emulated card and compare it with float64, with t
 	@OMP_NUM_THREADS=1 $(VENV)/python -m ptx_emulator $(ARGS)
 
 timing: ## predict how fast the tcgen05 kernels are; tables, and plots in build/timing
-	@$(PYTHON) scripts/setup_env.py test
+	@$(PYTHON) scripts/setup_env.py timing
 	@OMP_NUM_THREADS=1 $(VENV)/python -m ptx_emulator.timing $(ARGS)
 
 fuzz: ## search for wrong answers at random, with the options in ARGS; --help lists them

@@ -1,4 +1,4 @@
-"""Makes .venv ready for a make target: `setup_env.py demo|build|test|lint|dev|vllm`.
+"""Makes .venv ready for a make target: `setup_env.py demo|build|test|timing|lint|dev|vllm`.
 
 vLLM pins PyTorch and transformers, so `vllm` makes an environment of its own, .cache/vllm-venv.
 
@@ -32,6 +32,7 @@ TARGETS = {
     "demo": DEMO,
     "build": BUILD,
     "test": TEST,
+    "timing": (*TEST, "plots.txt"),
     "lint": LINT,
     "dev": (*TEST, "lint.txt"),
     "vllm": VLLM,
