@@ -19,7 +19,9 @@ may have an LSE near it.
 An element's magnitude is the sum of weights * abs(v) behind it: the scale its rounding errors have,
 which neither cancellation nor an outlier elsewhere in the tensor hides. Where the magnitude is 0
 (no visible key) out must be 0, and where LSE is infinite it must be the same infinity. NaN is never
-right. Errors below 2^-110 are none: a sink may leave every weight below what float32 can hold.
+right. Errors count from 2^-110 on, since a sink may leave every weight below what float32 can hold,
+and from half of the dtype's smallest number in each weight on: dropout may leave a row no keys but
+those whose weights are a few times that, and a kernel rounds weights before it divides by 1 - p.
 """
 
 import math
@@ -57,6 +59,12 @@ class Reference:
     @property
     def dtype(self) -> torch.dtype:
         return self.naive.out.dtype
+
+    @property
+    def grain(self) -> float:
+        """What rounding may change about a weight near 0: half of the dtype's smallest number."""
+        info = torch.finfo(self.dtype)
+        return info.smallest_normal * info.eps / 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ def findings(out: Tensor, ref: Reference) -> list[Finding]:
         return []
     slip = exact.to(ref.dtype).double() - exact
     error, naive, mixed = (x.double() - exact for x in (out, ref.naive.out, ref.mixed.out))
-    error = torch.where(error.abs() < UNDERFLOW, 0.0, error)
+    floor = UNDERFLOW + ref.grain * ref.exact.reach
+    error = error - error.clamp(-floor, floor)
     multiple = FIELD_MULTIPLE_SOFTCAP if ref.softcap else FIELD_MULTIPLE
     trio = (error, mixed, slip)
     return [

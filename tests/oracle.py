@@ -83,11 +83,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Result:
-    """One sequence: out (sq, h, d_v), lse (h, sq), magnitude = sum of weights * |v| behind out."""
+    """One sequence: out (sq, h, d_v), lse (h, sq), and of the sums behind out (sq, h, d_v):
+    magnitude, of weights * |v|; reach, what it is if every weight above 0 were 1 before dropout.
+    """
 
     out: Tensor
     lse: Tensor
     magnitude: Tensor
+    reach: Tensor
 
 
 # --- one head of one sequence ---------------------------------------------------------------------
@@ -153,7 +156,7 @@ def attend_head(
     heads: int,
     precision: Precision,
 ):
-    """One head: q (sq, d), k (sk, d), v (sk, d_v) -> out, magnitude (sq, d_v), lse (sq,)."""
+    """One head: q (sq, d), k (sk, d), v (sk, d_v) -> out, lse (sq,), magnitude, reach (sq, d_v)."""
     sq, sk = q.shape[0], k.shape[0]
     score_dtype, weight_dtype = precision.scores or q.dtype, precision.weights or q.dtype
     out_dtype = precision.out or q.dtype
@@ -162,11 +165,14 @@ def attend_head(
     pieces, drop = [], rule.dropout
     for rows in torch.arange(sq, device=q.device).split(max(1, MAX_SCORES // max(1, sk))):
         p, lse = weigh(scores(q[rows], k, rule, rows, sq, where), sink)
+        ones = (p.detach() > 0).to(p.dtype)
         if drop is not None:
             state, stream = (drop.seed, drop.offset), where[0] * heads + where[1]
-            p = p * philox.multipliers(drop.p, state, stream, rows, sk).to(p.dtype)
-        p = p.to(weight_dtype)
-        pieces.append(((p @ v).to(out_dtype), lse, p.detach() @ v.detach().abs()))
+            kept = philox.multipliers(drop.p, state, stream, rows, sk).to(p.dtype)
+            p, ones = p * kept, ones * kept
+        p, ones = p.to(weight_dtype), ones.to(weight_dtype)
+        sizes = (x.detach() @ v.detach().abs() for x in (p, ones))
+        pieces.append(((p @ v).to(out_dtype), lse, *sizes))
     return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
 
@@ -185,13 +191,14 @@ def attend(
     )
     if sq == 0:
         nothing = torch.zeros(0, heads, v.shape[2], dtype=dtype, device=q.device)
-        return Result(nothing, torch.zeros(heads, 0, dtype=dtype, device=q.device), nothing)
+        empty = torch.zeros(heads, 0, dtype=dtype, device=q.device)
+        return Result(nothing, empty, nothing, nothing)
     per_head = [
         attend_head(q[:, h], k[:, h // group], v[:, h // group], rule, (batch, h), heads, precision)
         for h in range(heads)
     ]
-    out, lse, magnitude = zip(*per_head, strict=True)
-    return Result(torch.stack(out, 1), torch.stack(lse, 0), torch.stack(magnitude, 1))
+    out, lse, *sizes = zip(*per_head, strict=True)
+    return Result(torch.stack(out, 1), torch.stack(lse, 0), *(torch.stack(x, 1) for x in sizes))
 
 
 def attend_all(qs, ks, vs, rule: Rule, precision: Precision = EXACT) -> list[Result]:

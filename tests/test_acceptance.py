@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from . import acceptance, oracle
-from .oracle import Rule
+from . import acceptance, oracle, philox
+from .oracle import Dropout, Rule
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SQ, SK, HEADS, DIM = 40, 96, 2, 32
@@ -201,3 +201,25 @@ def test_weights_that_float32_cannot_hold_may_be_zero(sink, right):
         return
     with pytest.raises(AssertionError, match="l2"):
         acceptance.check(torch.zeros_like(q), lse, ref)
+
+
+@pytest.mark.parametrize(("quanta", "right"), [(4, True), (3, False), (0, False)])
+def test_weights_may_be_rounded_before_dropout_divides_them(quanta, right):
+    """The heavy one of two keys is dropped, the other weighs 2.42 of float16's smallest steps."""
+    q, k, v = (torch.zeros(n, 1, 8, dtype=torch.float16) for n in (1, 2, 2))
+    q[..., 0], k[1, :, 0], v[:] = 1, -15.75, 1
+    rule = Rule(
+        softmax_scale=1.0,
+        dropout=next(
+            Dropout(0.5, seed, 0)
+            for seed in range(99)
+            if philox.multipliers(0.5, (seed, 0), 0, torch.arange(1), 2).tolist() == [[0.0, 2.0]]
+        ),
+    )
+    out = torch.full_like(q, quanta * 2.0**-24)
+    lse = torch.zeros(1, 1)
+    if right:
+        acceptance.check(out, lse, acceptance.reference(q, k, v, rule))
+    else:
+        with pytest.raises(AssertionError, match="row .* > "):
+            acceptance.check(out, lse, acceptance.reference(q, k, v, rule))
