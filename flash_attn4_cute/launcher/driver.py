@@ -22,7 +22,7 @@ class Driver:
 
     def __init__(self, library: Any):
         self.library = library
-        # Called with objects of ctypes only: without argument types nothing is converted.
+        # Called with arguments that are ready: without argument types nothing is converted.
         self.launch = library.cuLaunchKernelEx
 
     def load(self, image: bytes) -> int:

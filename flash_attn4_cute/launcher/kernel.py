@@ -27,6 +27,8 @@ _CONFIG = struct.Struct("<7I4xQQI4x")
 _STREAM_AT = 32
 _ATTRIBUTE = struct.Struct("<I4x16I")
 _MAX_READY = 4096
+# An argument as ctypes makes one of an object at each call: made once, it costs a call nothing.
+_pointer = ctypes.c_void_p.from_param
 # (which 64-bit word of a call's memory, which of the addresses of a launch, its distance from it);
 # the stream counts as the address behind those of the tensors.
 Patches = Sequence[tuple[int, int, int]]
@@ -63,9 +65,9 @@ class ReadyCall:
                         patches.append((at // 8, pointers[source], distance))
             self._write_launch(launch, places, slots)
             patches.append(((places.config + _STREAM_AT) // 8, len(pointers), 0))
-            handle = ctypes.c_void_p(kernel.handle(launch.kernel, device))
-            address = [ctypes.c_void_p(self.base + at) for at in (places.config, places.table)]
-            self.calls.append((address[0], handle, address[1], ctypes.c_void_p()))
+            config, table = (_pointer(self.base + at) for at in (places.config, places.table))
+            handle = _pointer(kernel.handle(launch.kernel, device))
+            self.calls.append((config, handle, table, None))
         self.patches = tuple(patches)
         (self.writes,), self.derived = apart([self.patches], len(pointers) + 1)
         # A grid without CTAs is nothing to do, and an error for the driver.
