@@ -56,6 +56,7 @@ def no_driver(kernel: ModuleType) -> Iterator[None]:
     driver: Any = Nothing(Library())
     # As cheap as what PyTorch has for a card.
     driver.stream, driver.current_device = {0: 0}.__getitem__, itertools.repeat(0).__next__
+    driver.empty = torch._C._dynamo.guards._empty_strided_cpu
     card = device.Card("no card", (9, 0), 132)
     before = drivers.cuda_driver, execute._variant, execute.has_kernels, device.supported_card
     drivers.cuda_driver, execute._variant = lambda: driver, lambda problem: execute._cuda()
@@ -148,8 +149,12 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
     qkv, out = (q, k, v), torch.empty_like(q)
     addresses = [driver.stream(0), *(t.data_ptr() for t in (q, k, v, out))]
     found = {
-        "torch.empty_like(q)": lambda: torch.empty_like(q),
-        "torch.empty of bytes": lambda: torch.empty(70000, dtype=torch.uint8, device=place),
+        "allocation of out": lambda: driver.empty(*known.new_out),
+        "torch.empty_like(q) instead": lambda: torch.empty_like(q),
+        "allocation of bytes": lambda: driver.empty((70000,), (1,), torch.uint8),
+        "torch.empty of bytes instead": lambda: torch.empty(
+            70000, dtype=torch.uint8, device=place
+        ),
         "torch.zeros_like(q)": lambda: torch.zeros_like(q),
         "driver's memset": lambda: driver.fill(addresses[4], out.nbytes // 4, 0, addresses[0]),
         "current stream": lambda: driver.stream(0),

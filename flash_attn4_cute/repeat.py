@@ -11,11 +11,10 @@ no others; and rotary_interleaved, None without a CacheUpdate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like, is_grad_enabled
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from .launcher import driver as drivers
@@ -129,15 +128,12 @@ class Repeat:
 
     def __init__(self, problem: AttentionProblem, launched: Launched, results: tuple[bool, bool]):
         arguments = launched[-1][1]
-        out, lse, q = arguments.mO, arguments.mLSE, arguments.mQ
+        out, lse = arguments.mO, arguments.mLSE
         self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
         size, begins = _scratch(launched)
-        new = partial(torch.empty, device=out.device)
-        self.new_out = partial(new, *out.shape, dtype=out.dtype)
-        self.new_lse = partial(new, *lse.shape, dtype=lse.dtype) if problem.return_lse else None
-        self.new_scratch = partial(new, size, dtype=torch.uint8) if size else None
-        own_q = "mQRotated" not in begins  # then it is as contiguous as that of each call
-        self.out_like_q = own_q and out.shape == q.shape and q.is_contiguous()
+        self.new_out = contiguous(out.shape, out.dtype)
+        self.new_lse = contiguous(lse.shape, lse.dtype) if problem.return_lse else None
+        self.new_scratch = contiguous((size,), torch.uint8) if size else None
         names = self._link(launched, begins)
         self.fills: list[tuple[int, int, int]] = []  # (place, number of words, word)
         if is_sparse(problem):
@@ -199,18 +195,20 @@ class Repeat:
 
         None if memory is not aligned, so that the call must be worked out.
         """
+        driver, device = self.driver, self.device
+        if driver.current_device() != device:
+            with driver.on(device):
+                return self.again(qkv, others)
         q, k, v = qkv
         out, lse = (None, None) if others is None else (others[_OUT], others[_LSE])
         if out is None:
-            # The cheapest way to new memory is to ask for more of the same.
-            out = empty_like(q) if self.out_like_q else self.new_out()
-        driver, device = self.driver, self.device
+            out = driver.empty(*self.new_out)
         q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         together = q_at | k_at | v_at | out_at
         addresses = [driver.stream(device), q_at, k_at, v_at, out_at]
         if self.new_lse is not None:
             if lse is None:
-                lse = self.new_lse()
+                lse = driver.empty(*self.new_lse)
             addresses.append(lse.data_ptr())
         if others is not None:
             for place in self.more:
@@ -221,22 +219,24 @@ class Repeat:
             return None
         if self.new_scratch is not None:
             # From PyTorch's allocator: a CUDA graph owns its own, and streams do not share any.
-            scratch = self.new_scratch()
+            scratch = driver.empty(*self.new_scratch)
             addresses.append(scratch.data_ptr())
         for source, distance in self.derived:
             addresses.append(addresses[source] + distance)
-        if driver.current_device() == device:
-            self._launch(addresses)
-        else:
-            with driver.on(device):
-                self._launch(addresses)
-        return out, lse
-
-    def _launch(self, addresses: list[int]) -> None:
         for place, number, word in self.fills:
-            self.driver.fill(addresses[place], number, word, addresses[0])
+            driver.fill(addresses[place], number, word, addresses[0])
         for ready, writes in self.steps:
             ready.issue(writes, addresses)
+        return out, lse
+
+
+def contiguous(shape: Sequence[int], dtype: torch.dtype) -> tuple:
+    """What `Driver.empty` makes a contiguous tensor from."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(shape), tuple(reversed(strides)), dtype
 
 
 def _scratch(launched: Launched) -> tuple[int, dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from .launcher.kernel import Kernel, ReadyCall
+from .repeat import contiguous
 
 Parts = tuple[Tensor, ...]
 
@@ -69,9 +69,7 @@ class RepeatedMerge:
 
     def __init__(self, kernel: Kernel, ready: ReadyCall, num_outs: int, results: Parts):
         self.ready = ready
-        out, lse = results
-        self.new_out = partial(torch.empty, *out.shape, dtype=out.dtype, device=out.device)
-        self.new_lse = partial(torch.empty, *lse.shape, dtype=lse.dtype, device=lse.device)
+        self.new_out, self.new_lse = (contiguous(x.shape, x.dtype) for x in results)
         # The fields of CombineArgs: parts, their LSEs, out, lse; parts may be pairs.
         first = (0, num_outs, 2 * num_outs, 2 * num_outs + 1)
         paths = [found.path[1:] for found in kernel.pointer_inputs]
@@ -79,11 +77,15 @@ class RepeatedMerge:
 
     def again(self, outs: Parts, lses: Parts, out: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """(out, lse) of a merge with the same key; None if memory is not aligned."""
+        driver, device = self.ready.driver, self.ready.device
+        if driver.current_device() != device:
+            with driver.on(device):
+                return self.again(outs, lses, out)
         if out is None:
-            out = self.new_out()
+            out = driver.empty(*self.new_out)
         if _misaligned((*outs, out)):
             return None
-        lse = self.new_lse()
+        lse = driver.empty(*self.new_lse)
         given = (*outs, *lses, out, lse)
         self.ready.launch([given[place].data_ptr() for place in self.order])
         return out, lse
