@@ -152,9 +152,7 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
         "allocation of out": lambda: driver.empty(*known.new_out),
         "torch.empty_like(q) instead": lambda: torch.empty_like(q),
         "allocation of bytes": lambda: driver.empty((70000,), (1,), torch.uint8),
-        "torch.empty of bytes instead": lambda: torch.empty(
-            70000, dtype=torch.uint8, device=place
-        ),
+        "torch.empty of bytes instead": lambda: torch.empty(70000, dtype=torch.uint8, device=place),
         "torch.zeros_like(q)": lambda: torch.zeros_like(q),
         "driver's memset": lambda: driver.fill(addresses[4], out.nbytes // 4, 0, addresses[0]),
         "current stream": lambda: driver.stream(0),

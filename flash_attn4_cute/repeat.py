@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .launcher import driver as drivers
 from .launcher.kernel import Kernel, ReadyCall, apart
@@ -80,7 +80,8 @@ def key_of(
     the key has what a plan sees. Addresses decide too, see `Repeat.again`.
     """
     q, k, v = qkv
-    if is_compiling() or type(q) is not Tensor:
+    # What torch.export traces without Dynamo is no plain tensor.
+    if is_dynamo_compiling() or type(q) is not Tensor:
         return None
     # True stands for the strides of a contiguous tensor: those of dimensions of size 1, in which
     # such tensors may differ, reach no address.
@@ -98,9 +99,11 @@ def key_of(
         if longest is not None and not (others[_CU_K] is others[_USED_K] is None):
             longest = planned_length(longest)
         more = [*key, longest, interleaved]
-        for i, t in enumerate(others):
-            if t is not None:
-                more += (i, t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
+        for t in others:
+            if t is None:
+                more.append(None)
+            else:
+                more += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
         return tuple(more)
     except AttributeError:
         return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .launcher.kernel import Kernel, ReadyCall
 from .repeat import contiguous
@@ -19,7 +19,7 @@ _MAX_KNOWN = 1024
 
 def key_of(outs: Parts, lses: Parts, out: Tensor | None, dtype: torch.dtype | None) -> tuple | None:
     """All that decides how parts are merged, or None if it must be worked out each time."""
-    if is_compiling() or not (dtype is None or type(dtype) is torch.dtype):
+    if is_dynamo_compiling() or not (dtype is None or type(dtype) is torch.dtype):
         return None
     key: list[Any] = [len(outs), dtype]
     try:

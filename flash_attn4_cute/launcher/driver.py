@@ -12,6 +12,7 @@ import torch
 SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 MAX_SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 NO_CONTEXT = (3, 201)  # CUDA_ERROR_NOT_INITIALIZED, CUDA_ERROR_INVALID_CONTEXT
+_word = ctypes.c_void_p.from_param
 Ints = tuple[int, ...]
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -92,12 +93,8 @@ class Driver:
 
     def fill(self, address: int, number: int, word: int, stream: int) -> None:
         """Fill `number` words of 32 bits on a stream of the current device."""
-        arguments = (
-            ctypes.c_uint64(address),
-            ctypes.c_uint32(word),
-            ctypes.c_size_t(number),
-            ctypes.c_void_p(stream),
-        )
+        # Each has a register of 64 bits, and of 32 bits that are asked for the lower half.
+        arguments = (_word(address), _word(word), _word(number), _word(stream))
         error = self.library.cuMemsetD32Async(*arguments)
         if error:
             if error in NO_CONTEXT:
