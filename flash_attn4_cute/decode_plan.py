@@ -10,7 +10,7 @@ from .decode_tiles import DecodeConfig, decode_rows
 from .device import Card
 from .problem import AttentionProblem, Layout
 from .rules import PLAIN, ScoreRule
-from .splits import MAX_SPLITS, choose_splits
+from .splits import MAX_SPLITS, choose_splits, fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def decodes(p: AttentionProblem, prefill_is_general: bool = False) -> bool:
         return False
     if not prefill_is_general:
         either = p.num_splits > 1 or (p.num_splits == 0 and p.kv_layout is Layout.PAGED)
-        few = p.seqlen_q <= ROW_TILES_A_HEAD * configurations(p)[-1].rows
+        few = p.seqlen_q <= ROW_TILES_A_HEAD * configurations(p, None)[-1].rows
         return bool(p.pack_gqa) or (few and (p.pack_gqa is None or either))
     if p.pack_gqa is False or p.num_heads // p.num_heads_kv > MAX_PACKED_ROWS:
         return bool(p.pack_gqa)
@@ -84,14 +84,7 @@ def packed_rows(p: AttentionProblem) -> int:
 def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, int]:
     """The decode kernel for `p`, and the number of splits."""
     assert card.variant is not None, "the card is supported"
-    rows = packed_rows(p)
-    cfg = choose_config(p)
-    num_splits = min(p.num_splits, MAX_SPLITS)
-    if num_splits == 0:
-        tiles = p.batch * p.num_heads_kv * -(-rows // cfg.rows)
-        blocks = -(-p.seqlen_k // cfg.block_n)
-        even = p.kv_layout is Layout.DENSE and not p.has_seqused_k
-        num_splits = choose_splits(tiles, blocks, card.num_sms, even)
+    cfg, num_splits = choose_config(p, card)
     key = DecodeKey(
         variant=card.variant,
         dtype=p.dtype,
@@ -115,22 +108,32 @@ def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, 
     return key, num_splits
 
 
-def configurations(p: AttentionProblem) -> tuple[DecodeConfig, ...]:
+def configurations(p: AttentionProblem, variant: str | None) -> tuple[DecodeConfig, ...]:
     """The narrowest rows of the table that hold the head dimensions."""
     odd_box = p.page_size is not None and p.page_size % 2 == 1
     return next(
         configs
-        for width, configs in decode_rows(1 if p.fp8_kv else 2).items()
+        for width, configs in decode_rows(1 if p.fp8_kv else 2, variant).items()
         # Rows of 64 bytes begin at a multiple of 128 only every second time: see common.kv.
         if width >= max(p.head_dim, p.head_dim_v)
         and not (odd_box and configs[0].swizzle_elements < 64)
     )
 
 
-def choose_config(p: AttentionProblem) -> DecodeConfig:
-    """That with the fewest row tiles."""
-    configs = configurations(p)
-    return next((cfg for cfg in configs if cfg.rows >= packed_rows(p)), configs[-1])
+def choose_config(p: AttentionProblem, card: Card) -> tuple[DecodeConfig, int]:
+    """That with the fewest row tiles, and the number of splits; among such, the fastest."""
+    configs = configurations(p, card.variant)
+    rows = next((cfg.rows for cfg in configs if cfg.rows >= packed_rows(p)), configs[-1].rows)
+    by_pace = {cfg.pace: cfg for cfg in configs if cfg.rows == rows}
+    tiles = p.batch * p.num_heads_kv * -(-packed_rows(p) // rows)
+    num_splits = min(p.num_splits, MAX_SPLITS)
+    if num_splits:
+        pace = next(x for x in by_pace if fits(x, num_splits, tiles, card.num_sms))
+    else:
+        blocks = -(-p.seqlen_k // configs[0].block_n)
+        even = p.kv_layout is Layout.DENSE and not p.has_seqused_k
+        pace, num_splits = choose_splits(tiles, blocks, card.num_sms, even, tuple(by_pace))
+    return by_pace[pace], num_splits
 
 
 def explain_decode(key: DecodeKey) -> str:

@@ -1,28 +1,35 @@
 """Into how many parts the keys of a decode launch are split.
 
-A CTA streams one split of one (sequence, key head, row tile), and streams `CTA_RATE` times as fast
+A CTA streams one split of one (sequence, key head, row tile), and streams `Pace.rate` times as fast
 as the memory feeds one SM if all of them ask. So fewer CTAs than SMs saturate the memory, and more
 only cost a merge. In units of one key block at an SM's share of the bandwidth, for `full` CTAs a SM
-and `rest` more,
+and `rest` more, a launch takes what is more of
 
-    time = full * blocks  +  max(rest * blocks / SMs, CTA_START + blocks / CTA_RATE)  +  the merge
+    memory   full * blocks  +  max(rest * blocks / SMs, CTA_START + blocks / rate)
+    SMs      CTA_START + waves * blocks / rate, CTAs of a later wave as many on an SM as fit
+
+and the merge, and what it takes that CTAs end unevenly where nearly every SM has one.
 
 It depends on shapes and maxima only, so a captured graph may replay at other lengths: each sequence
 divides its own blocks by the number of splits.
 
-Fitted to an H200 as sm_90a, 2026-11-29, 17 shapes of d128 bf16 (benchmarks/results): what it picks
-is at most 1.2 % slower than the best number of splits that was tried.
+Fitted to an H200 as sm_90a, 2026-11-29, 48 shapes of five kernels (tests/decode_times.py): what it
+picks is at most 2.2 % slower than the best number of splits that was tried.
 """
 
 import functools
+import itertools
+import math
+from dataclasses import dataclass
 from typing import Any
 
 MAX_SPLITS = 256  # what the combine kernel merges
 LENGTH_STEPS = 32  # of planned lengths while they double
 SHORTEST_STEP = 64  # keys, the blocks of most decode kernels
-CTA_RATE, CTA_START = 1.8, 0.5
+CTA_START = 1.0
 MERGE_COST = 1.0  # a combine launch that starts while the decode kernel ends
 PARTIAL_COST = 2.0  # writing and reading one CTA's partial result
+CROWD_COST, CROWD = 6.0, 0.6  # of each CTA an SM beyond so many, if no SM has two
 # Where lengths differ, the longest sequence may be alone: no CTA streams more than this of it.
 MAX_UNEVEN_BLOCKS = 256
 
@@ -42,37 +49,67 @@ def planned_length(longest: Any) -> Any:
     return -(-longest // step) * step
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a configuration of the decode kernel streams.
+
+    rate: key blocks of a CTA while the memory feeds an SM one, all of them asking.
+    ctas_per_sm: how many an SM holds.
+    max_load: CTAs an SM up to which the configuration is worth taking.
+    """
+
+    rate: float
+    ctas_per_sm: int
+    max_load: float = math.inf
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_splits(tiles: int, blocks: int, num_sms: int, even: bool) -> int:
-    """The number of splits with the least modelled time; the smaller of equals.
+def choose_splits(
+    tiles: int, blocks: int, num_sms: int, even: bool, paces: tuple[Pace, ...]
+) -> tuple[Pace, int]:
+    """The pace and the number of splits with the least modelled time; the first of equals.
 
     Args:
         tiles: sequences x key heads x row tiles.
         blocks: key blocks of the longest sequence.
         num_sms: of the card.
         even: all sequences have so many blocks.
+        paces: of the configurations that there are; one at least has no max_load.
     """
-    if tiles <= 0 or blocks <= 1:
-        return 1
     least = 1 if even else -(-blocks // MAX_UNEVEN_BLOCKS)
-    most = min(blocks, MAX_SPLITS)
+    most = max(1, min(blocks, MAX_SPLITS))
+    numbers = range(max(1, min(least, most)), most + 1)
     return min(
-        range(min(least, most), most + 1),
-        key=lambda splits: modelled_time(tiles, blocks, num_sms, splits),
+        (pair for pair in itertools.product(paces, numbers) if fits(*pair, tiles, num_sms)),
+        key=lambda pair: modelled_time(tiles, blocks, num_sms, *pair),
     )
 
 
-def modelled_time(tiles: int, blocks: int, num_sms: int, splits: int) -> float:
+def fits(pace: Pace, splits: int, tiles: int, num_sms: int) -> bool:
+    """Whether a launch of so many CTAs is what the configuration is for."""
+    return tiles * splits <= pace.max_load * num_sms
+
+
+def modelled_time(tiles: int, blocks: int, num_sms: int, pace: Pace, splits: int) -> float:
     """Of a launch, in units of one key block at an SM's share of the bandwidth."""
     per_cta = -(-blocks // splits)
-    ctas = tiles * -(-blocks // per_cta)  # that have keys
+    ctas = tiles * -(-blocks // max(1, per_cta))  # that have keys
     full, rest = divmod(ctas, num_sms)
-    time = float(full * per_cta)
-    if rest:
-        time += max(rest * per_cta / num_sms, CTA_START + per_cta / CTA_RATE)
+    alone = CTA_START + per_cta / pace.rate
+    time = full * per_cta + (max(rest * per_cta / num_sms, alone) if rest else 0.0)
+    time = max(time, CTA_START + waves(ctas, num_sms, pace.ctas_per_sm) * per_cta / pace.rate)
     if splits > 1:
         time += MERGE_COST + PARTIAL_COST * tiles * splits / num_sms
+    if ctas <= num_sms:
+        time += CROWD_COST * max(0.0, ctas / num_sms - CROWD)
     return time
+
+
+def waves(ctas: int, num_sms: int, ctas_per_sm: int) -> int:
+    """CTAs that the busiest SM has in all: one if that suffices, else always as many as fit."""
+    if ctas <= num_sms:
+        return 1
+    return ctas_per_sm * -(-ctas // (ctas_per_sm * num_sms))
 
 
 # For the forward kernel, in units of one block of keys for one tile of queries (about 2.6

@@ -106,12 +106,12 @@ def decode_keys(variant: str) -> dict[str, DecodeKey]:
         "kv_layout": Layout.DENSE, "box_n": None,
     }  # fmt: skip
     found = {}
-    for configs in (*decode_rows(2).values(), *decode_rows(1).values()):
+    for configs in (*decode_rows(2, variant).values(), *decode_rows(1, variant).values()):
         for cfg in configs:
             for name, choice in (("most", most), ("least", least))[: 1 + (not found)]:
                 d = cfg.head_dim
-                found[f"{variant}_d{d}_{cfg.rows}_{cfg.kv_bytes}_{name}"] = DecodeKey(
-                    variant=variant, cfg=cfg, head_dim=d, head_dim_v=d, **choice
+                found[f"{variant}_d{d}_{cfg.rows}_{cfg.kv_bytes}_{cfg.kv_stages}_{name}"] = (
+                    DecodeKey(variant=variant, cfg=cfg, head_dim=d, head_dim_v=d, **choice)
                 )
     return found
 

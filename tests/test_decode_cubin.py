@@ -50,9 +50,12 @@ def test_registers_leave_room_for_what_the_row_states(compiled):
 def test_shared_memory_fits_the_card(compiled):
     """FA#2594: the budget at every head dimension."""
     for name, (key, _, _, kernels) in compiled.items():
+        limit = SMEM_LIMIT.get(key.variant) or SMEM_LIMIT["sm120"]
         for used in kernels:
             static = max(0, used["SHARED"] - SMEM_RESERVED)
-            assert static + key.cfg.smem_bytes <= SMEM_LIMIT["sm120"], name
+            assert static + key.cfg.smem_bytes <= limit, name
+        if key.cfg.ctas_per_sm > 1:  # two CTAs share what an SM of sm_90 has
+            assert key.cfg.smem_bytes <= SMEM_LIMIT["sm120"], name
 
 
 def test_every_kernel_carries_its_rings(compiled):
