@@ -17,7 +17,7 @@ from .splits import MAX_SPLITS, choose_splits, fits
 class DecodeKey:
     """Everything that a compiled decode kernel depends on; with splits, its combine is in it.
 
-    Of the page size only `box_n`, what it has in common with a block of keys, is compiled in.
+    Of the page size only `box_n`, what it has in common with 64 keys, is compiled in.
     """
 
     variant: str
@@ -51,6 +51,7 @@ class DecodeKey:
         return trace_decode(self)
 
 
+LONGEST_BOX = 64  # rows of a page that one TMA brings: all pages of 64 n keys share a kernel
 # On mma.sync: a head of the forward kernel takes one tile of 256 rows at least, however few tokens
 # fill it. So many row tiles of this kernel cost less: 0.41 of it each, at d 128 on an H200.
 ROW_TILES_A_HEAD = 2
@@ -94,7 +95,7 @@ def decode_plan(p: AttentionProblem, rule: Any, card: Card) -> tuple[DecodeKey, 
         rule=rule,
         q_layout=p.q_layout,
         kv_layout=p.kv_layout,
-        box_n=None if p.page_size is None else math.gcd(p.page_size, cfg.block_n),
+        box_n=None if p.page_size is None else math.gcd(p.page_size, LONGEST_BOX),
         is_split=num_splits > 1,
         has_seqused_q=p.has_seqused_q,
         has_seqused_k=p.has_seqused_k,

@@ -24,7 +24,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 DENSE, VARLEN, PAGED = Layout.DENSE, Layout.VARLEN, Layout.PAGED
 CAUSAL, WINDOW = Band(None, 0), Band(127, 0)
 ANY = (CAUSAL,)  # the decode kernel has both bounds whatever it is asked for
-NUM_SMS = 132  # of no importance: splits are asked for by number
+NUM_SMS = 132  # splits are asked for by number; CTAs are few or many on any card
 HEADS = 32
 # Query heads to a key head in current models, the most frequent first. Only the tcgen05 kernels are
 # compiled for it, where heads share tiles.
@@ -47,6 +47,7 @@ class Calls:
     dtypes: tuple[torch.dtype, ...] = (BF16,)
     queries: tuple[int, ...] = (4096,)
     splits: tuple[int, ...] = (1,)
+    batches: tuple[int, ...] = (2,)
     fixed: tuple[tuple[str, Any], ...] = ()
     num_ratios: int = 1
 
@@ -54,12 +55,15 @@ class Calls:
         """The calls as the planner sees them."""
         ratios = range(self.num_ratios)
         choices = (self.dims, self.masks, self.layouts, self.dtypes, self.queries, self.splits)
-        for dims, mask, layout, dtype, queries, splits, ratio in product(*choices, ratios):
+        for dims, mask, layout, dtype, queries, splits, batch, ratio in product(
+            *choices, self.batches, ratios
+        ):
             used = layout[1] is PAGED
             heads_kv = HEADS // RATIOS[dims[0]][ratio % len(RATIOS[dims[0]])]
             yield AttentionProblem(
                 **_COMMON
                 | {
+                    "batch": batch,
                     "num_heads_kv": heads_kv,
                     "head_dim": dims[0],
                     "head_dim_v": dims[1],
@@ -79,7 +83,6 @@ class Calls:
 
 _COMMON: dict[str, Any] = {
     "device": torch.device("cuda", 0),
-    "batch": 2,
     "seqlen_k": 4096,
     "num_heads": HEADS,
     "softcap": 0.0,
@@ -95,7 +98,8 @@ _COMMON: dict[str, Any] = {
     "requires_grad": False,
 }
 PACKED = ((DENSE, DENSE, None), (VARLEN, VARLEN, None))
-FEW, SPLIT = (1, 8), (1, 8)  # up to 16 packed rows, and more: both row tiles of the decode kernel
+# Of the decode kernel: up to 16 packed rows and more, whole keys and split ones, few CTAs and many.
+FEW, SPLIT, BATCHES = (1, 8), (1, 4), (2, 64)
 SINK = (("has_sink", True), ("sink_dtype", BF16))
 FP8_CACHE = (("fp8_kv", True), ("has_k_descale", True), ("has_v_descale", True))
 SHIPPED: tuple[Calls, ...] = (
@@ -178,6 +182,7 @@ SHIPPED: tuple[Calls, ...] = (
         layouts=PACKED,
         queries=FEW,
         splits=SPLIT,
+        batches=BATCHES,
     ),
     Calls(
         what="short prompts of latent attention, dense and packed",
@@ -201,6 +206,7 @@ SHIPPED: tuple[Calls, ...] = (
         layouts=((DENSE, DENSE, None),),
         queries=FEW,
         splits=SPLIT,
+        batches=BATCHES,
         fixed=(("has_seqused_k", True),),
     ),
     Calls(
@@ -230,6 +236,7 @@ SHIPPED: tuple[Calls, ...] = (
         layouts=((VARLEN, PAGED, 16),),
         queries=FEW,
         splits=SPLIT,
+        batches=BATCHES,
         fixed=FP8_CACHE,
     ),
     Calls(
@@ -239,6 +246,7 @@ SHIPPED: tuple[Calls, ...] = (
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64), (DENSE, PAGED, 64)),
         queries=FEW,
         splits=SPLIT,
+        batches=BATCHES,
         num_ratios=2,
     ),
     Calls(
@@ -248,6 +256,7 @@ SHIPPED: tuple[Calls, ...] = (
         layouts=((VARLEN, PAGED, 16), (VARLEN, PAGED, 64)),
         queries=FEW,
         splits=SPLIT,
+        batches=BATCHES,
         fixed=SINK,
     ),
     Calls(
@@ -258,6 +267,7 @@ SHIPPED: tuple[Calls, ...] = (
         dtypes=(FP16,),
         queries=FEW,
         splits=SPLIT,
+        batches=BATCHES,
     ),
 )
 
