@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .launcher import driver as drivers
 from .launcher.kernel import Kernel, ReadyCall, apart
+from .likeness import Likeness
 from .problem import OTHERS, AttentionProblem, AttentionTensors, Layout
 from .splits import planned_length
 
@@ -96,9 +97,7 @@ def key_of(
         )  # fmt: skip
         if others is None:
             return key
-        if longest is not None and not (others[_CU_K] is others[_USED_K] is None):
-            longest = planned_length(longest)
-        more = [*key, longest, interleaved]
+        more = [*key, planned_bound(longest, others), interleaved]
         for t in others:
             if t is None:
                 more.append(None)
@@ -107,6 +106,20 @@ def key_of(
         return tuple(more)
     except AttributeError:
         return None
+
+
+def kind_of(asked: Any, longest: Any, others: Others, interleaved: bool | None) -> Any:
+    """What a call is but for what its tensors are like, see `Repeat.is_like`."""
+    if others is None:
+        return asked
+    return asked, planned_bound(longest, others), interleaved, *map(type, others)
+
+
+def planned_bound(longest: Any, others: tuple) -> Any:
+    """What a plan sees of max_seqlen_k."""
+    if longest is None or others[_CU_K] is others[_USED_K] is None:
+        return longest
+    return planned_length(longest)
 
 
 def _is_recorded(qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> bool:
@@ -134,6 +147,7 @@ class Repeat:
         out, lse = arguments.mO, arguments.mLSE
         self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
         size, begins = _scratch(launched)
+        self.likeness: Likeness | None = None
         self.new_out = contiguous(out.shape, out.dtype)
         self.new_lse = contiguous(lse.shape, lse.dtype) if problem.return_lse else None
         self.new_scratch = contiguous((size,), torch.uint8) if size else None
@@ -190,6 +204,15 @@ class Repeat:
         if lse is not None and not lse.is_contiguous() and is_sparse(problem):
             return None
         return Repeat(problem, launched, results)
+
+    def is_like(self, qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> bool:
+        """Whether a call of the same kind has the same key, as far as one look tells."""
+        likeness = self.likeness
+        return likeness is not None and likeness.holds(qkv if others is None else qkv + others)
+
+    def look_at(self, qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> None:
+        """Let `is_like` know what tensors are like that have the same key."""
+        self.likeness = Likeness.of(qkv if others is None else qkv + others)
 
     def again(
         self, qkv: tuple[Tensor, Tensor, Tensor], others: Others

@@ -237,12 +237,57 @@ def test_a_repeated_call_passes_other_addresses_and_nothing_else(fa4, on_gpu, pa
     ids=["shape", "strides", "scale", "lse", "out"],
 )
 def test_a_call_that_differs_is_not_repeated(fa4, on_gpu, changed):
+    """From one that was made once, and from one that is known at one look."""
     execute, launches = on_gpu
     qkv = tensors(0)
-    fa4.flash_attn_func(*qkv, causal=True)
     others, options = changed(*qkv)
+    for _ in range(2):
+        fa4.flash_attn_func(*qkv, causal=True)
     fa4.flash_attn_func(*others, causal=True, **options)
-    assert len(execute.repeats) == 2 and len(launches) == 2
+    assert len(execute.repeats) == 2 and len(launches) == 3
+
+
+def test_a_call_like_the_last_one_needs_no_key(fa4, on_gpu, monkeypatch):
+    """Also with tensors that are given twice, and after a call of another shape."""
+    execute, launches = on_gpu
+    request = importlib.import_module(f"{fa4.__name__}.request")
+    starts = torch.tensor([0, 200], dtype=torch.int32)
+
+    def call(seed: int, tokens: int = 200):
+        q, k, v = (t[0, :tokens] for t in tensors(seed))
+        fa4.flash_attn_varlen_func(q, k, v, starts, starts, 200, 200, causal=True)
+
+    for tokens in (200, 200, 150, 200, 150):
+        call(0, tokens)
+    monkeypatch.setattr(request, "key_of", None)
+    call(1, 150)
+    with pytest.raises(TypeError, match="not callable"):
+        call(1, 200)
+    assert len(execute.repeats) == 2 and len(launches) == 6 and len(execute.repeats.last) == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_one_look_tells(fa4, grad):
+    """Type, dtype, shape, strides, dispatch keys, requires_grad, and that nobody records."""
+    likeness = fa4.flash_attn4_cute.likeness.Likeness
+    a, b, starts = torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(3, dtype=torch.int32)
+    with torch.set_grad_enabled(grad):
+        known = likeness.of((a, None, b, starts, starts))
+        others = [
+            (a[:3], None, b, starts, starts),
+            (a, None, b.T.contiguous().T, starts, starts),
+            (a.double(), None, b, starts, starts),
+            (torch._neg_view(a), None, b, starts, starts),
+            (torch.nn.Parameter(a), None, b, starts, starts),
+            (a.clone().requires_grad_(), None, b, starts, starts),
+            (a, None, b, starts, starts[:2]),
+        ]
+        assert known.holds((b, None, a, starts, starts.clone()))
+        assert known.holds((a, None, b, starts.clone(), starts))
+        assert not any(known.holds(other) for other in others)
+        recorded = likeness.of((a.clone().requires_grad_(),))
+        assert recorded.holds((a.clone().requires_grad_(),)) is not grad
+        assert not recorded.holds((a,))
 
 
 def cache_step(seed: int, paged: bool, rotary: bool):

@@ -22,7 +22,7 @@ from .flash_attn4_cute.problem import (
     numbered,
     others_of,
 )
-from .flash_attn4_cute.repeat import Repeat, allocate, key_of
+from .flash_attn4_cute.repeat import Others, Repeat, allocate, key_of
 from .flash_attn4_cute.values import check_values
 
 
@@ -54,7 +54,30 @@ def attend(
     return tensors.out, tensors.lse
 
 
-repeats: dict[tuple, Repeat] = {}  # by `repeat.key_of`
+class Repeats(dict[tuple, Repeat]):
+    """By `repeat.key_of`; the last one of each kind also by `repeat.kind_of`."""
+
+    def __init__(self) -> None:
+        self.last: dict[Any, Repeat] = {}
+
+    def again(
+        self, key: tuple | None, kind: Any, qkv: tuple[Tensor, Tensor, Tensor], others: Others
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """(out, lse) if the call is known by its key; it is the last of its kind then."""
+        known = None if key is None else self.get(key)
+        found = None if known is None else known.again(qkv, others)
+        if known is not None and found is not None:
+            if known.likeness is None or self.last.get(kind) is known:
+                known.look_at(qkv, others)
+            self.last[kind] = known
+        return found
+
+    def clear(self) -> None:
+        super().clear()
+        self.last.clear()
+
+
+repeats = Repeats()
 _MAX_REPEATS = 4096
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import execute, ops
 from .execute import repeats
@@ -24,7 +24,7 @@ from .flash_attn4_cute.problem import (
     AttentionTensors,
     make_mask_rule,
 )
-from .flash_attn4_cute.repeat import Others, key_of
+from .flash_attn4_cute.repeat import Others, key_of, kind_of
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -105,14 +105,20 @@ def ask(
     `longest` is max_seqlen_k. `aux` are tensors for a user's functions. `check` is left out where
     the same call has passed it before.
     """
-    key = None if aux is not None else key_of(asked, longest, qkv, others, interleaved)
-    if key is not None:
+    key = None
+    if aux is None and not is_dynamo_compiling():
+        kind = kind_of(asked, longest, others, interleaved)
         try:
-            known = repeats.get(key)
+            last = repeats.last.get(kind)
         except TypeError:  # a list, say
-            key = known = None
-        if known is not None:
-            found = known.again(qkv, others)
+            pass
+        else:
+            if last is not None and last.is_like(qkv, others):
+                found = last.again(qkv, others)
+                if found is not None:
+                    return found
+            key = key_of(asked, longest, qkv, others, interleaved)
+            found = repeats.again(key, kind, qkv, others)
             if found is not None:
                 return found
     q, k, v = qkv
