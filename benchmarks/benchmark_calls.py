@@ -160,7 +160,7 @@ def parts(kernel: ModuleType, device: str) -> dict[str, Callable[[], Any]]:
         "current device": lambda: driver.current_device(),
         "cuLaunchKernelEx alone": lambda: driver.launch(*ready.calls[0]),
         "addresses and launch": lambda: ready.issue(writes, addresses),
-        "a look at the tensors": lambda: known.is_like(qkv, None),
+        "a look at the tensors": lambda: known.likeness.holds(qkv),
         "key, where they differ": lambda: repeat.key_of(asked, None, qkv, None, None),
         "all after that": lambda: known.again(qkv, None),
     }

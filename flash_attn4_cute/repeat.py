@@ -108,10 +108,11 @@ def key_of(
         return None
 
 
-def kind_of(asked: Any, longest: Any, others: Others, interleaved: bool | None) -> Any:
-    """What a call is but for what its tensors are like, see `Repeat.is_like`."""
-    if others is None:
-        return asked
+def kind_of(asked: Any, longest: Any, others: tuple, interleaved: bool | None) -> tuple:
+    """What a call is but for what its tensors are like, see `likeness`.
+
+    Of a call without `others` that is `asked`.
+    """
     return asked, planned_bound(longest, others), interleaved, *map(type, others)
 
 
@@ -147,7 +148,7 @@ class Repeat:
         out, lse = arguments.mO, arguments.mLSE
         self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
         size, begins = _scratch(launched)
-        self.likeness: Likeness | None = None
+        self.likeness: Likeness | None = None  # of the tensors of such a call
         self.new_out = contiguous(out.shape, out.dtype)
         self.new_lse = contiguous(lse.shape, lse.dtype) if problem.return_lse else None
         self.new_scratch = contiguous((size,), torch.uint8) if size else None
@@ -204,15 +205,6 @@ class Repeat:
         if lse is not None and not lse.is_contiguous() and is_sparse(problem):
             return None
         return Repeat(problem, launched, results)
-
-    def is_like(self, qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> bool:
-        """Whether a call of the same kind has the same key, as far as one look tells."""
-        likeness = self.likeness
-        return likeness is not None and likeness.holds(qkv if others is None else qkv + others)
-
-    def look_at(self, qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> None:
-        """Let `is_like` know what tensors are like that have the same key."""
-        self.likeness = Likeness.of(qkv if others is None else qkv + others)
 
     def again(
         self, qkv: tuple[Tensor, Tensor, Tensor], others: Others

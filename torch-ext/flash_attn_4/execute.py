@@ -13,6 +13,7 @@ from torch import Tensor
 from . import cpu
 from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update, tensors_of
 from .flash_attn4_cute.checks import refuse
+from .flash_attn4_cute.likeness import Likeness
 from .flash_attn4_cute.problem import (
     AttentionOptions,
     AttentionProblem,
@@ -58,7 +59,7 @@ class Repeats(dict[tuple, Repeat]):
     """By `repeat.key_of`; the last one of each kind also by `repeat.kind_of`."""
 
     def __init__(self) -> None:
-        self.last: dict[Any, Repeat] = {}
+        self.last: dict[Any, tuple[Likeness, Repeat]] = {}
 
     def again(
         self, key: tuple | None, kind: Any, qkv: tuple[Tensor, Tensor, Tensor], others: Others
@@ -67,9 +68,11 @@ class Repeats(dict[tuple, Repeat]):
         known = None if key is None else self.get(key)
         found = None if known is None else known.again(qkv, others)
         if known is not None and found is not None:
-            if known.likeness is None or self.last.get(kind) is known:
-                known.look_at(qkv, others)
-            self.last[kind] = known
+            last = self.last.get(kind)
+            if known.likeness is None or (last is not None and last[1] is known):
+                known.likeness = Likeness.of(qkv if others is None else qkv + others)
+            if known.likeness is not None:
+                self.last[kind] = known.likeness, known
         return found
 
     def clear(self) -> None:

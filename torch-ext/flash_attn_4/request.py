@@ -107,16 +107,18 @@ def ask(
     """
     key = None
     if aux is None and not is_dynamo_compiling():
-        kind = kind_of(asked, longest, others, interleaved)
+        kind = asked if others is None else kind_of(asked, longest, others, interleaved)
         try:
             last = repeats.last.get(kind)
         except TypeError:  # a list, say
             pass
         else:
-            if last is not None and last.is_like(qkv, others):
-                found = last.again(qkv, others)
-                if found is not None:
-                    return found
+            if last is not None:
+                likeness, known = last
+                if likeness.holds(qkv if others is None else qkv + others):
+                    found = known.again(qkv, others)
+                    if found is not None:
+                        return found
             key = key_of(asked, longest, qkv, others, interleaved)
             found = repeats.again(key, kind, qkv, others)
             if found is not None:
