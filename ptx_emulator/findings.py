@@ -92,8 +92,8 @@ class Findings:
     `collect` keeps going after a reportable one. `strict` makes each read of shared memory that
     nothing wrote a fault; else it yields NaN, since kernels may load rows that they never use.
     `races` watches shared memory for accesses that nothing orders (check/races.py). `fences`
-    demands what the PTX manual does and cards do not: tcgen05.fence, tcgen05.wait::ld, and commits
-    to CTAs that still run.
+    demands what manuals do and cards do not: tcgen05.fence, tcgen05.wait::ld, commits to CTAs that
+    still run, and that who has issued a bulk store waits until it has been read before it ends.
     """
 
     collect: bool = False

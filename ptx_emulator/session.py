@@ -134,8 +134,8 @@ def session(
         schedule: seed of all choices of order; 0 runs gangs as long as they can.
         collect: keep reportable findings in `findings` and go on, instead of raising.
         strict: a read of shared memory that nothing wrote is a fault, not a NaN. "fences": so is
-            the lack of a tcgen05.fence or tcgen05.wait::ld that the PTX manual demands, although
-            cards seem to do without.
+            the lack of a tcgen05.fence or tcgen05.wait::ld that the PTX manual demands, or of the
+            wait for bulk stores before their warp ends, although cards seem to do without.
         races: report accesses to shared memory that nothing orders; without it runs are faster.
         trace: keep what each warp does, for Perfetto.
         hardware_sums: let mma.sync and wgmma add f16 and bf16 products bit for bit as an H200 does,

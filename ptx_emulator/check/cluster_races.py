@@ -79,6 +79,9 @@ class RaceView:
     def was_read(self, copy: Copy | None, warps: np.ndarray | None = None) -> None:
         self.whole.was_read(copy, None if warps is None else warps + self.first_warp)
 
+    def ended(self, warps: np.ndarray, copies: Iterable[Copy | None]) -> None:
+        self.whole.ended(warps + self.first_warp, copies)
+
     # ---- matrix products ----
     def issue_product(self, warp: int, words: np.ndarray, name: str) -> Copy:
         return self.whole.issue_product(warp + self.first_warp, words + self.first_word, name)

@@ -231,6 +231,15 @@ class RaceChecker:
             copy.told = True  # later waits cover it too, when its source may be read again
             self.reads[copy.warps, copy.words] = self.clock[copy.warps, copy.warps]
 
+    def ended(self, warps: np.ndarray, copies: Iterable[Copy | None]) -> None:
+        """`warps` have ended, of whose stores nobody else can tell what they have read."""
+        for copy in copies if self.findings.fences else ():
+            if copy is not None and not copy.told and copy.warps in warps:
+                self._report(
+                    f"{self.name(copy.warps)} ends before its bulk store is known to have read "
+                    f"{self.offset(copy.words[0])}, where the next CTA may write"
+                )
+
     # ---- matrix products ----
     def issue_product(self, warp: int, words: np.ndarray, name: str) -> Copy:
         """A product that reads `words` is issued; it reads until it is known to be over."""

@@ -101,6 +101,13 @@ class Gang:
             if self not in barrier.waiters:
                 barrier.waiters.append(self)
 
+    def end(self) -> None:
+        """All warps have come to the end of the program."""
+        self.done, self.ready = True, False
+        if self.cta.race is not None:
+            stores = [*self.bulk, *(op for group in self.bulk_groups for op in group)]
+            self.cta.race.ended(self.warps, [op.mark for op in stores])
+
     # ---- divergence ----
     def among_active(self, condition: Any) -> np.ndarray:
         """`condition` as one value a lane, False in inactive lanes."""

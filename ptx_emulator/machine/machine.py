@@ -207,7 +207,7 @@ class Machine:
         for _ in range(self.scheduler.quantum()):
             pc = gang.pc
             if pc == exit_:
-                gang.done, gang.ready = True, False
+                gang.end()
                 return False
             counts[pc] += len(gang.warps)
             self.warp_counts[pc, gang.warps] += 1

@@ -145,16 +145,16 @@ RACES = {
         + load("b"),
     ),
     "a bulk store of unfenced writes": (
-        FILL + STORE.replace("DRAIN", ""),
-        FILL + FENCE + STORE.replace("DRAIN", ""),
+        FILL + STORE.replace("DRAIN", DRAIN),
+        FILL + FENCE + STORE.replace("DRAIN", DRAIN),
     ),
     "a bulk store of writes behind the fence": (
-        FILL + FENCE + FILL.replace(", %r2;", ", %r3;") + STORE.replace("DRAIN", ""),
-        FILL + FENCE + FILL.replace(", %r2;", ", %r3;") + FENCE + STORE.replace("DRAIN", ""),
+        FILL + FENCE + FILL.replace(", %r2;", ", %r3;") + STORE.replace("DRAIN", DRAIN),
+        FILL + FENCE + FILL.replace(", %r2;", ", %r3;") + FENCE + STORE.replace("DRAIN", DRAIN),
     ),
     "a write into the source of a bulk store": (
-        FILL + FENCE + STORE.replace("DRAIN", "") + FILL.replace(", %r2;", ", %r3;"),
-        FILL + FENCE + STORE.replace("DRAIN", DRAIN),
+        FILL + FENCE + STORE.replace("DRAIN", "") + FILL.replace(", %r2;", ", %r3;") + DRAIN,
+        FILL + FENCE + STORE.replace("DRAIN", DRAIN) + FILL.replace(", %r2;", ", %r3;"),
     ),
     "a cp.async that is not waited for": (
         COPY + "ld.shared.b32 %r9, [%r6+512];",
@@ -175,6 +175,18 @@ def test_races(name):
         with pytest.raises(Race):
             run(faulty, warps=2, schedule=schedule)
         run(repaired, warps=2, schedule=schedule)
+
+
+@pytest.mark.parametrize("missing", ["", DRAIN.replace("0", "1")])
+def test_bulk_stores_outlive_nobody(missing):
+    """A warp waits for its stores before it ends, if the session asks for it."""
+    store = FILL + FENCE + STORE
+    for schedule in range(4):
+        with pytest.raises(Race, match="warp 0 ends before its bulk store"):
+            run(store.replace("DRAIN", missing), warps=2, schedule=schedule, strict="fences")
+        run(store.replace("DRAIN", missing), warps=2, schedule=schedule)
+        for wait in (DRAIN, DRAIN.replace(".read", "")):
+            run(store.replace("DRAIN", wait), warps=2, schedule=schedule, strict="fences")
 
 
 def test_equal_writes_are_no_race():
