@@ -26,6 +26,7 @@ class Case:
     softcap: float = 0.0
     sink: bool = False
     varlen: bool = False
+    lengths: tuple[tuple[int, int], ...] = ()  # queries and keys of each sequence; or drawn
     page_size: int | None = None
     num_splits: int = 1
     pack_gqa: bool | None = None
@@ -53,12 +54,14 @@ class Inputs:
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Normal q, k, v. Varlen sequences have drawn lengths: the first all, the last nothing."""
+    """Normal q, k, v. Varlen lengths that are drawn: the first sequence all, the last nothing."""
     draw = torch.Generator().manual_seed(case.seed)
 
-    def lengths(longest: int) -> Tensor:
+    def ends(given: int, longest: int) -> Tensor:
         sizes = torch.full((case.batch,), longest)
-        if case.varlen and case.batch > 1:
+        if case.lengths:
+            sizes = torch.tensor(case.lengths)[:, given]
+        elif case.varlen and case.batch > 1:
             sizes[1:] = torch.randint(0, longest + 1, (case.batch - 1,), generator=draw)
             sizes[-1] = 0
         return torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(torch.int32)
@@ -66,7 +69,7 @@ def make_inputs(case: Case) -> Inputs:
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=draw).to(case.dtype)
 
-    cu_q, cu_k = lengths(case.seqlen_q), lengths(case.seqlen_k)
+    cu_q, cu_k = ends(0, case.seqlen_q), ends(1, case.seqlen_k)
     rows: tuple[int, ...] = (case.batch, case.seqlen_q)
     keys: tuple[int, ...] = (case.batch, case.seqlen_k)
     if case.varlen:

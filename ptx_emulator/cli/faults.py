@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..launch.host import Launch, bootstrap
 from ..mutation import KINDS, Fault, faults, planted, sample, verdict
 from ..ptx.program import load
 from ..session import Session
-from .case import judge
+from .case import Case, Inputs, judge
 from .fault_report import Head, Lines, Outcome, merge, report, summary
 from .subjects import SUBJECTS, Subject, make_steep_inputs
 
@@ -40,9 +41,22 @@ class Campaign:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.inputs = make_steep_inputs(subject.case)
+        self.questions = [(case, make_steep_inputs(case)) for case in subject.cases]
+        launches = [self.faultless(*question) for question in self.questions]
+        self.ptx = launches[0].ptx
+        if any(launch.ptx != self.ptx for launch in launches):
+            raise ValueError("the questions are answered by different kernels")
+        self.text = self.ptx.split("\n")
+        self.reached = load(self.ptx, launches[0].kernel).reached_lines()
+
+    def faultless(self, case: Case, inputs: Inputs) -> Launch:
+        """The last launch that answers a question.
+
+        Raises:
+            ValueError: the answer is wrong.
+        """
         launches: list[Launch] = []
-        with subject.session(0) as emulator:
+        with self.subject.session(0) as emulator:
             plain = emulator.host.on_launch
             assert plain is not None
 
@@ -51,18 +65,15 @@ class Campaign:
                 plain(launch)
 
             emulator.host.on_launch = watch
-            if not self.right(emulator):
-                raise ValueError("the kernel is wrong without any fault")
-        self.ptx = launches[-1].ptx
-        self.text = self.ptx.split("\n")
-        self.reached = load(self.ptx, launches[-1].kernel).reached_lines()
+            if not self.right(emulator, case, inputs):
+                raise ValueError(f"the kernel is wrong without any fault: {case}")
+        return launches[-1]
 
-    def right(self, emulator: Session) -> bool:
-        case = self.subject.case
-        return judge(case, self.inputs, *self.subject.forward(emulator, case, self.inputs)).ok
+    def right(self, emulator: Session, case: Case, inputs: Inputs) -> bool:
+        return judge(case, inputs, *self.subject.forward(emulator, case, inputs)).ok
 
     def faults(self) -> list[Fault]:
-        """The faults in instructions that the faultless run executes."""
+        """The faults in instructions that the faultless runs execute."""
         return [fault for fault in faults(self.ptx) if self.place(fault) in self.reached]
 
     @staticmethod
@@ -80,12 +91,12 @@ class Campaign:
 
     def noticed(self, fault: Fault, schedules: int) -> tuple[str, int]:
         """What a run said, and under which schedule first; ("", -1) if none said anything."""
-        for schedule in range(schedules):
+        for schedule, question in product(range(schedules), self.questions):
             with (
                 self.subject.session(schedule) as emulator,
                 planted(emulator, self.ptx, fault),
             ):
-                said = verdict(partial(self.right, emulator))
+                said = verdict(partial(self.right, emulator, *question))
             if said:
                 return said, schedule
         return "", -1

@@ -17,13 +17,21 @@ Forward = Callable[[Session, Case, Inputs], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel and the question that it answers while its faults are looked for."""
+    """A kernel and the questions that it answers while its faults are looked for.
+
+    `also` are asked where `case` shows nothing. All have to launch one kernel.
+    """
 
     arch: str
     case: Case
     forward: Forward
+    also: tuple[Case, ...] = ()
     num_sms: int | None = None  # few, so that a CTA of a persistent kernel has several tiles
     strict: bool = True  # asks for what upstream's kernels do without
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return self.case, *self.also
 
     def session(self, schedule: int) -> Any:
         card = card_of(self.arch)
@@ -36,7 +44,19 @@ def _case(**changes: Any) -> Case:
     return Case(**{"dtype": torch.bfloat16, **sizes, **changes})
 
 
-# The rings turn more than once, and where the kernel is persistent a CTA has several tiles.
+def _packed(*lengths: tuple[int, int], **changes: Any) -> Case:
+    """Sequences of so many queries and keys each."""
+    rows, keys = (max(column) for column in zip(*lengths, strict=True))
+    sizes = {"batch": len(lengths), "seqlen_q": rows, "seqlen_k": keys}
+    return _case(varlen=True, lengths=lengths, **sizes, **changes)
+
+
+_PAIR = {"heads": 2, "kv_heads": 2, "seqlen_q": 200, "head_dim": 256, "head_dim_v": 256}
+_APART = {"heads": 2, "kv_heads": 2, "head_dim": 64, "head_dim_v": 64, "right": 0}
+_PACKED = {"dtype": torch.float16, "head_dim": 64, "head_dim_v": 64}
+# The rings turn more than once, and where the kernel is persistent a CTA has several tiles. Tiles
+# of one and of two blocks are cases of their own: what only they need is hidden by further blocks,
+# and which slot follows which depends on whether a tile's blocks are even in number.
 SUBJECTS = {
     "upstream-sm100a": Subject(
         "sm_100a",
@@ -55,31 +75,42 @@ SUBJECTS = {
         "sm_100a",
         _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
         ours.forward,
+        also=(
+            _case(heads=3, kv_heads=3, seqlen_q=256, seqlen_k=100),
+            _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=200),
+        ),
         num_sms=1,
     ),
     "ours-sm100a-pair": Subject(
         "sm_100a",
-        _case(heads=2, kv_heads=2, seqlen_q=200, seqlen_k=300, head_dim=256, head_dim_v=256),
+        _case(**_PAIR, seqlen_k=300),
         ours.forward,
+        also=(
+            _case(**_PAIR | {"heads": 3, "kv_heads": 3}, seqlen_k=100),
+            _case(**_PAIR, seqlen_k=200),
+        ),
         num_sms=2,
     ),
     "ours-sm100a-varlen": Subject(
         "sm_100a",
-        _case(
-            dtype=torch.float16,
-            batch=3,
-            seqlen_q=210,
-            seqlen_k=450,
-            head_dim=64,
-            head_dim_v=64,
-            varlen=True,
-        ),
+        _case(**_PACKED, batch=3, seqlen_q=210, seqlen_k=450, varlen=True),
         ours.forward_in_turn,
+        # Of one block each, but for one with more blocks than the ring has slots for.
+        also=(
+            _packed(
+                (40, 100), (130, 70), (9, 128), (0, 50), (140, 1100), (200, 1), (70, 0), **_PACKED
+            ),
+            _packed((130, 200), (140, 250), **_PACKED),
+        ),
     ),
     "ours-sm100a-apart": Subject(
         "sm_100a",
-        _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=600, head_dim=64, head_dim_v=64, right=0),
+        _case(**_APART, seqlen_q=256, seqlen_k=600),
         ours.forward,
+        also=(
+            _case(**_APART | {"heads": 3, "kv_heads": 3}, seqlen_q=256, seqlen_k=100),
+            _case(**_APART, seqlen_q=200, seqlen_k=200),
+        ),
         num_sms=1,
     ),
     "ours-sm120a": Subject(
