@@ -1,10 +1,13 @@
 """The tcgen05 kernel's acceptance matrix: a core under 16 schedules, a wide set under 2.
 
-usage: python -m tests.emulator.matrix --arch sm100a [--only TEXT] [--set core|wide] [--shard I/N]
+usage: python -m tests.emulator.matrix --arch sm100a [sm103a] [--only TEXT] [--set core|wide]
+                                       [--jobs N] [--seconds S] [--shard I/N]
 
 Every entry is a call as users make it, run on an emulated card and judged against float64. Prints a
-line for each and one of JSON at the end; the status is 1 if any is wrong or has a finding. CI
-carries the core under one schedule each (test_ours_sm100_matrix.py).
+line for each, or for some of its schedules, and one of JSON at the end; the status is 1 if any is
+wrong or has a finding. Processes that are started apart (--shard) must not build at the same time:
+they take the package that $FLASH_ATTN_4_PACKAGE names. CI carries the core under one schedule each
+(test_ours_sm100_matrix.py).
 """
 
 import argparse
@@ -15,7 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
 from itertools import count, product
+from multiprocessing import get_context
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +36,7 @@ import torch
 from ptx_emulator.findings import EmulationError
 from tests import harness
 from tests.cases import BF16, F16, MASKS, WINDOW_ENCODINGS, Case
-from tests.conftest import REPO_ID, ROOT
+from tests.conftest import GIVEN, REPO_ID, ROOT
 from tests.inputs import FILLS, PLACEMENTS
 from tests.oracle import Rule
 from tests.test_block_sparse import check as check_lists
@@ -39,6 +46,7 @@ from tests.test_mods import MODS, documents, from_table
 from .on_cards import card
 
 CORE_SCHEDULES, WIDE_SCHEDULES = 16, 2
+AT_ONCE = 4  # schedules of an entry that a process takes with one compiled kernel
 CPU = torch.device("cpu")
 # (d, d_v) of each row of the table, with the slots of its ring of K and V
 ROWS = {(64, 64): 8, (96, 96): 6, (128, 128): 4, (192, 128): 2, (256, 256): 4}
@@ -239,55 +247,112 @@ def wide() -> dict[str, Run]:
 
 
 def load() -> ModuleType:
-    """The kernel, as users load it, from the present sources."""
+    """The kernel, as users load it, from the present sources unless a package is given."""
     from kernels import get_kernel
 
-    subprocess.run([sys.executable, "-m", "flash_attn4_cute.build"], cwd=ROOT, check=True)
+    if not GIVEN:
+        subprocess.run([sys.executable, "-m", "flash_attn4_cute.build"], cwd=ROOT, check=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return get_kernel(REPO_ID, version=1)
 
 
-def run_one(fa4: ModuleType, run: Run, arch: str, schedules: int) -> str | None:
-    """What is wrong with an entry, or None."""
-    for schedule in range(schedules):
+@dataclass(frozen=True)
+class Task:
+    """Some schedules of an entry of `sets()`, on one card."""
+
+    arch: str
+    kind: str
+    name: str
+    schedules: range
+
+    def __str__(self) -> str:
+        first, last = self.schedules[0], self.schedules[-1]
+        return f"{self.kind}/{self.name} on {self.arch}, schedules {first} .. {last}"
+
+
+@cache
+def sets() -> dict[str, dict[str, Run]]:
+    return {"core": core(), "wide": wide()}
+
+
+def tasks(archs: list[str], only: str) -> Iterator[Task]:
+    """What there is to do, the core first: its tasks take longest."""
+    for kind, schedules in (("core", CORE_SCHEDULES), ("wide", WIDE_SCHEDULES)):
+        for name, arch in product(sets()[kind], archs):
+            if only in f"{kind}/{name}":
+                for first in range(0, schedules, AT_ONCE):
+                    yield Task(arch, kind, name, range(first, min(first + AT_ONCE, schedules)))
+
+
+_loaded: list[ModuleType] = []  # once, before processes part
+
+
+def run_task(task: Task) -> tuple[str, float]:
+    """What is wrong with a task, or "", and the seconds that it took."""
+    fa4, start, wrong = _loaded[0], time.perf_counter(), ""
+    for schedule in task.schedules:
         try:
-            run(fa4, arch, schedule)
+            sets()[task.kind][task.name](fa4, task.arch.replace("sm", "sm_"), schedule)
         except (AssertionError, EmulationError) as error:
-            return f"schedule {schedule}: {type(error).__name__}: {error}"
-    return None
-
-
-def forget_kernels(fa4: ModuleType) -> None:
-    """Compiled kernels of hundreds of entries would not fit the memory."""
+            wrong = f"schedule {schedule}: {type(error).__name__}: {error}"
+            break
+    # Compiled kernels of hundreds of entries would not fit the memory.
     importlib.import_module(f"{fa4.__name__}.flash_attn4_cute.compiler").compiled.cache_clear()
+    return wrong, time.perf_counter() - start
+
+
+def run_all(
+    wanted: list[Task], jobs: int, seconds: float | None
+) -> Iterator[tuple[Task, str, float]]:
+    """Tasks with what `run_task` says; those that nobody has begun when time is up are left out."""
+    torch.set_num_threads(1)  # a forked process does not have its parent's threads
+    futures: dict[Future[tuple[str, float]], Task] = {}
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        for task in wanted:
+            futures[pool.submit(run_task, task)] = task
+        try:
+            for future in as_completed(futures, seconds):
+                yield futures.pop(future), *future.result()
+        except TimeoutError:
+            pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # those who have begun end
+    yield from ((task, *f.result()) for f, task in futures.items() if not f.cancelled())
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--arch", nargs="+", default=["sm100a"], choices=("sm100a", "sm103a"))
+    p.add_argument("--only", default="", help="entries with this text in their name")
+    p.add_argument("--set", choices=("core", "wide"), help="default: both")
+    p.add_argument("--jobs", type=int, default=1, help="processes")
+    p.add_argument("--seconds", type=float, help="begin with nothing else after so long")
+    p.add_argument("--shard", default="1/1", help="I/N: every N-th task, from the I-th on")
+    return p
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", default="sm100a", choices=("sm100a", "sm103a"))
-    parser.add_argument("--only", default="", help="entries with this text in their name")
-    parser.add_argument("--set", choices=("core", "wide"), help="default: both")
-    parser.add_argument("--shard", default="1/1", help="I/N: every N-th entry, from the I-th on")
-    options = parser.parse_args()
+    options = parser().parse_args()
     first, step = map(int, options.shard.split("/"))
-    arch, fa4 = options.arch.replace("sm", "sm_"), load()
-    wanted = [
-        (f"{kind}/{name}", run, schedules)
-        for kind, entries, schedules in (
-            ("core", core(), CORE_SCHEDULES), ("wide", wide(), WIDE_SCHEDULES)
-        )
-        for name, run in entries.items()
-        if options.set in (None, kind) and options.only in f"{kind}/{name}"
-    ]  # fmt: skip
-    wrong, runs, start = [], 0, time.time()
-    for name, run, schedules in wanted[first - 1 :: step]:
-        fault = run_one(fa4, run, arch, schedules)
-        runs += schedules
-        print(f"{'ok' if fault is None else 'WRONG'} {name}", fault or "", flush=True)
-        wrong += [name] * (fault is not None)
-        forget_kernels(fa4)
-    report = {"arch": options.arch, "entries": len(wanted[first - 1 :: step]), "runs": runs}
-    print(json.dumps({**report, "wrong": wrong, "seconds": round(time.time() - start)}))
+    wanted = [t for t in tasks(options.arch, options.only) if options.set in (None, t.kind)]
+    wanted, start = wanted[first - 1 :: step], time.time()
+    _loaded.append(load())
+    done: set[Task] = set()
+    wrong, used = [], 0.0
+    for task, fault, seconds in run_all(wanted, options.jobs, options.seconds):
+        print(f"{'WRONG' if fault else 'ok'} {task} ({seconds:.0f} s)", fault, flush=True)
+        done.add(task)
+        wrong += [str(task)] * bool(fault)
+        used += seconds
+    report = {
+        "runs": sum(len(task.schedules) for task in done),
+        "entries": len({(task.arch, task.kind, task.name) for task in done}),
+        "wrong": wrong,
+        "not_run": [str(task) for task in wanted if task not in done],
+        "seconds": round(time.time() - start),
+        "seconds_of_processes": round(used),
+    }
+    print(json.dumps(report))
     return 1 if wrong else 0
 
 
