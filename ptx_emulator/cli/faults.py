@@ -116,7 +116,7 @@ Drawn = list[tuple[int, Fault]]  # with their numbers
 
 def draw(campaign: Campaign, given: argparse.Namespace) -> Drawn:
     """The faults that are to be tried, by all shards together."""
-    found = campaign.faults()
+    found = [f for f in campaign.faults() if not given.line or campaign.place(f) in given.line]
     wanted = sample(found, given.per_kind, given.seed) if given.per_kind else found
     wanted = [fault for fault in wanted if not given.kind or fault.kind in given.kind]
     return list(enumerate(wanted))
@@ -191,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--subject", choices=SUBJECTS, action="append", help="default: all")
     p.add_argument("--per-kind", type=int, default=12, help="at most so many of a kind; 0: all")
     p.add_argument("--kind", choices=KINDS, action="append", help="default: all")
+    p.add_argument("--line", type=int, action="append", help="of the PTX; default: all")
     p.add_argument("--schedules", type=int, default=16)
     p.add_argument("--seed", type=int, default=0, help="which faults of a kind are drawn")
     p.add_argument("--jobs", type=int, default=1, help="processes")
