@@ -76,7 +76,7 @@ SUBJECTS = {
         _case(heads=2, kv_heads=2, seqlen_q=256, seqlen_k=300),
         ours.forward,
         also=(
-            _case(heads=3, kv_heads=3, seqlen_q=256, seqlen_k=100),
+            _case(heads=5, kv_heads=5, seqlen_q=256, seqlen_k=100),
             _case(seqlen_q=200, seqlen_k=1000),
         ),
         num_sms=1,
@@ -86,7 +86,7 @@ SUBJECTS = {
         _case(**_PAIR, heads=2, kv_heads=2, seqlen_k=300),
         ours.forward,
         also=(
-            _case(**_PAIR, heads=3, kv_heads=3, seqlen_k=100),
+            _case(**_PAIR, heads=5, kv_heads=5, seqlen_k=100),
             _case(**_PAIR, seqlen_k=1000),
         ),
         num_sms=2,
@@ -108,7 +108,7 @@ SUBJECTS = {
         _case(**_APART, heads=2, kv_heads=2, seqlen_q=256, seqlen_k=600),
         ours.forward,
         also=(
-            _case(**_APART, heads=3, kv_heads=3, seqlen_q=256, seqlen_k=100),
+            _case(**_APART, heads=5, kv_heads=5, seqlen_q=256, seqlen_k=100),
             _case(**_APART, seqlen_q=200, seqlen_k=1000),
         ),
         num_sms=1,
