@@ -208,3 +208,7 @@ def _cuda() -> _Variant:
     from .flash_attn4_cute import append_plan, launch
 
     return _Variant(launch.check, append_plan.append, launch.forward)
+
+
+if torch.version.cuda is not None:
+    _cuda()  # now: making its dataclasses takes 15 ms, for which a first call need not wait
