@@ -101,11 +101,11 @@ def _row(
 # bytes in flight as 99 KB allow; 32 rows while O fits the registers. With 32 rows at d 128, ptxas
 # spills 8 bytes for sm_120a and sm_121a, and 88 for sm_100a and sm_103a in the kernel with every
 # step; with 32 rows at d 64, blocks of 128 would spill 48. Timed on an H200 (2026-11-29,
-# docs/design.md): d 64, 128, 192 and 256 with 16 rows.
+# docs/design.md): all of 16 rows.
 #    head_dim, rows, block_n, kv_stages, ctas_per_sm, rate
 DECODE_ROWS: dict[int, tuple[DecodeConfig, ...]] = {
     64: (_row(64, 16, 128, 6, 2, 2.05), _row(64, 32, 64, 12, 2, 1.8)),
-    96: (_row(96, 16, 64, 8, 2, 1.8), _row(96, 32, 64, 8, 1, 1.8)),
+    96: (_row(96, 16, 128, 4, 2, 2.0), _row(96, 32, 64, 8, 1, 1.8)),
     128: (
         _row(128, 16, 64, 6, 2, 1.8),
         replace(_row(128, 32, 64, 6, 1, 1.8), stack_bytes=88),

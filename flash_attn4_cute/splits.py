@@ -6,7 +6,7 @@ only cost a merge. In units of one key block at an SM's share of the bandwidth, 
 and `rest` more, a launch takes what is more of
 
     memory   full * blocks  +  max(rest * blocks / SMs, CTA_START + blocks / rate)
-    SMs      CTA_START + waves * blocks / rate, CTAs of a later wave as many on an SM as fit
+    SMs      starts * CTA_START + most * blocks / rate, for the `most` that one SM gets
 
 and the merge, and what it takes that CTAs end unevenly where nearly every SM has one.
 
@@ -97,7 +97,9 @@ def modelled_time(tiles: int, blocks: int, num_sms: int, pace: Pace, splits: int
     full, rest = divmod(ctas, num_sms)
     alone = CTA_START + per_cta / pace.rate
     time = full * per_cta + (max(rest * per_cta / num_sms, alone) if rest else 0.0)
-    time = max(time, CTA_START + waves(ctas, num_sms, pace.ctas_per_sm) * per_cta / pace.rate)
+    most = busiest(ctas, num_sms, pace.ctas_per_sm)
+    starts = -(-most // pace.ctas_per_sm)
+    time = max(time, starts * CTA_START + most * per_cta / pace.rate)
     if splits > 1:
         time += MERGE_COST + PARTIAL_COST * tiles * splits / num_sms
     if ctas <= num_sms:
@@ -105,8 +107,8 @@ def modelled_time(tiles: int, blocks: int, num_sms: int, pace: Pace, splits: int
     return time
 
 
-def waves(ctas: int, num_sms: int, ctas_per_sm: int) -> int:
-    """CTAs that the busiest SM has in all: one if that suffices, else always as many as fit."""
+def busiest(ctas: int, num_sms: int, ctas_per_sm: int) -> int:
+    """CTAs that the busiest SM gets in all: one if that suffices, else always as many as fit."""
     if ctas <= num_sms:
         return 1
     return ctas_per_sm * -(-ctas // (ctas_per_sm * num_sms))

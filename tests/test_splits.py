@@ -24,7 +24,9 @@ def rows(kv_bytes, head_dim):
     return {(kv_bytes, head_dim, cfg.kv_stages): cfg for cfg in table if cfg.rows == 16}
 
 
-@pytest.mark.parametrize("kind", [(2, 64), (2, 128), (2, 192), (2, 256), (1, 64), (1, 128)])
+@pytest.mark.parametrize(
+    "kind", [(2, 64), (2, 96), (2, 128), (2, 192), (2, 256), (1, 64), (1, 128)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_close_to_the_best_that_was_tried(kind, shape):
     """Splits and, where there are two, the configuration."""
