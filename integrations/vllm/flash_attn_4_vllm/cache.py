@@ -17,7 +17,8 @@ def split_cache(kv_cache: Tensor, head_size: int, as_fp8: bool = False) -> Pair:
     """
     if as_fp8:
         kv_cache = kv_cache.view(FP8)
-    keys, values = kv_cache.transpose(1, 2).split(head_size, dim=-1)
+    # split() takes 4 us at every layer, this less than half.
+    keys, values = kv_cache.transpose(1, 2).split_with_sizes((head_size, head_size), dim=-1)
     return keys, values
 
 

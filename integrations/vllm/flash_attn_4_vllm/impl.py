@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from .cache import split_cache, write_cache
 from .kernel import kernel
-from .metadata import Cached, FlashAttn4Metadata, Fresh
+from .metadata import Cached, FlashAttn4Metadata, Fresh, tokens_of
 
 
 class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
@@ -106,7 +106,6 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
         output: Tensor,
         causal: bool,
     ) -> None:
-        tokens = slice(part.start, part.end)
         keys, values = split_cache(kv_cache, self.head_size, self.fp8)
         descales = {}
         if self.fp8:
@@ -114,7 +113,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             descales["k_descale"] = layer._k_scale.expand(shape).contiguous()
             descales["v_descale"] = layer._v_scale.expand(shape).contiguous()
         self.kernel.flash_attn_varlen_func(
-            query[tokens],
+            tokens_of(part, query),
             keys,
             values,
             part.query_start_loc,
@@ -124,7 +123,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             seqused_k=part.seq_lens,
             block_table=part.block_table,
             causal=causal,
-            out=output[tokens],
+            out=tokens_of(part, output),
             **descales,
             **self.options,
         )
@@ -138,17 +137,16 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
         output: Tensor,
         causal: bool,
     ) -> None:
-        tokens = slice(part.start, part.end)
         self.kernel.flash_attn_varlen_func(
-            query[tokens],
-            key[tokens],
-            value[tokens],
+            tokens_of(part, query),
+            tokens_of(part, key),
+            tokens_of(part, value),
             part.query_start_loc,
             part.query_start_loc,
             part.max_query_len,
             part.max_query_len,
             causal=causal,
-            out=output[tokens],
+            out=tokens_of(part, output),
             **self.options,
         )
 

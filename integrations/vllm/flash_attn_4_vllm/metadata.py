@@ -37,6 +37,13 @@ class Fresh:
     query_start_loc: Tensor  # int32 (requests + 1,), beginning at 0
 
 
+def tokens_of(part: Cached | Fresh, t: Tensor) -> Tensor:
+    """Rows of `t`, of a batch, that are the part's; `t` itself if all are: a slice takes 1 us."""
+    if part.start == 0 and part.end == t.shape[0]:
+        return t
+    return t[part.start : part.end]
+
+
 @dataclass
 class FlashAttn4Metadata:
     """A batch, in vLLM's order: parts that are `cached`, then a `fresh` one.
