@@ -105,7 +105,7 @@ def _row(
 #    head_dim, rows, block_n, kv_stages, ctas_per_sm, rate
 DECODE_ROWS: dict[int, tuple[DecodeConfig, ...]] = {
     64: (_row(64, 16, 128, 6, 2, 2.05), _row(64, 32, 64, 12, 2, 1.8)),
-    96: (_row(96, 16, 128, 4, 2, 2.0), _row(96, 32, 64, 8, 1, 1.8)),
+    96: (_row(96, 16, 128, 4, 2, 1.85), _row(96, 32, 64, 8, 1, 1.8)),
     128: (
         _row(128, 16, 64, 6, 2, 1.8),
         replace(_row(128, 32, 64, 6, 1, 1.8), stack_bytes=88),
