@@ -15,6 +15,7 @@ Uint32: TypeAlias = Any
 
 # A scale of 0 makes every visible key count the same; 0 * -inf would not hide the others.
 SMALLEST_SCALE = 1e-30
+UNBOUNDED = 2**31 - 1  # CTAs: as many as there are tiles
 
 
 class ScoreArgs(NamedTuple):
@@ -56,7 +57,8 @@ class ForwardArgs(NamedTuple):
     `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `mKvRow` (b,) is the row of dense
     K and V that belongs to each sequence, `mLeftPad` (b,) the first key that counts in it. With
     `mPageTable`, K and V are (pages, page_size, h_k, d). With `mWorkspace`, float32 of `num_splits`
-    times as many values as mO and mLSE have, keys are split.
+    times as many values as mO and mLSE have, keys are split. `mTileCounter` (1,) int32 is where CTAs
+    take their tiles from; it is 0 at the start if there are more tiles than `max_ctas`.
     `softmax_scale` is the factor in the exponentials; `score` is None without steps before them.
     `window_left` and `window_right` are read only where the mask rule has that bound. `max_ctas`
     bounds the grid: fewer CTAs than tiles compute several each.
@@ -79,6 +81,7 @@ class ForwardArgs(NamedTuple):
     mKDescale: Tensor | None
     mVDescale: Tensor | None
     mWorkspace: Tensor | None
+    mTileCounter: Tensor | None
     softmax_scale: Float32
     window_left: Int32
     window_right: Int32
@@ -87,6 +90,11 @@ class ForwardArgs(NamedTuple):
     num_splits: Int32
     score: ScoreArgs | None
     blocks: BlockArgs | None
+
+    @property
+    def reads_counter(self) -> bool:
+        """Whether the launch counts in `mTileCounter`. On the host."""
+        return self.mTileCounter is not None and self.max_ctas != UNBOUNDED
 
 
 class AppendArgs(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import compiler
-from .arguments import SMALLEST_SCALE, BlockArgs, ForwardArgs, ScoreArgs
+from .arguments import SMALLEST_SCALE, UNBOUNDED, BlockArgs, ForwardArgs, ScoreArgs
 from .block_sparse import BlockSparse, tile_lists
 from .decode_plan import DecodeKey
 from .plan import ForwardKey, Plan, make_plan
@@ -72,6 +72,7 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         tensors.k_descale,
         tensors.v_descale,
         workspace(problem, out, plan.num_splits) if key.merged_dim else None,
+        tile_counter(plan, out.device) if key.counts_tiles else None,
         1.0 if key.score.scaled else max(problem.softmax_scale, SMALLEST_SCALE),
         plan.window_left,
         plan.window_right,
@@ -105,6 +106,12 @@ def workspace(problem: AttentionProblem, out: Tensor, num_splits: int) -> Tensor
     """Room for O and LSE of each split."""
     values = out.numel() + out.numel() // problem.head_dim_v
     return new_workspace(num_splits * values, out.device)
+
+
+def tile_counter(plan: Plan, device: torch.device) -> Tensor:
+    """Where the CTAs of one launch count tiles; 0 if they do, see `ForwardArgs`."""
+    new = torch.empty if plan.max_ctas == UNBOUNDED else torch.zeros
+    return new(1, dtype=torch.int32, device=device)
 
 
 def score_args(problem: AttentionProblem, tensors: AttentionTensors) -> ScoreArgs:

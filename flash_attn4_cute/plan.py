@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import compiler
+from .arguments import UNBOUNDED
 from .checks import FP8
 from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
 from .device import INSTRUCTIONS, Card, supported_card
@@ -23,7 +24,6 @@ from .sm100.pairing import in_pairs
 from .splits import MAX_SPLITS, choose_forward_splits, planned_length
 from .tiles import FORWARD_ROWS, FP8_ROWS, ROWS_OF_VARIANT, TileConfig
 
-UNBOUNDED = 2**31 - 1
 MAX_HEAD_DIM = 256
 AUX_DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32,
@@ -58,6 +58,13 @@ class ForwardKey:
     def has_fp8_kv(self) -> bool:
         """Whether K and V are e4m3: then tensors have two of their values in an element."""
         return isinstance(self.cfg, TileConfig) and self.cfg.kv_bytes == 1
+
+    @property
+    def counts_tiles(self) -> bool:
+        """Whether CTAs take tiles from a counter: where sequences differ, on a card whose can."""
+        uneven = self.q_layout is not Layout.DENSE or self.kv_layout is Layout.VARLEN
+        uneven = uneven or self.has_seqused_q or self.has_seqused_k
+        return uneven and self.cfg.counts_tiles
 
     @property
     def family(self) -> str:
@@ -179,11 +186,25 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
         score=ScoreRule.of(problem),
         merged_dim=problem.head_dim_v if num_splits > 1 else 0,
     )
-    # One CTA fits an SM. Where all sequences are equally long, each gets its share of tiles at the
-    # start; else a CTA a tile, so that the card hands out the next one wherever an SM is free.
-    even = problem.q_layout is Layout.DENSE and not (problem.has_seqused_q or problem.has_seqused_k)
-    max_ctas = card.num_sms if even and num_splits == 1 else UNBOUNDED
+    max_ctas = _max_ctas(problem, key, num_splits, card.num_sms)
     return Plan(key=key, max_ctas=max_ctas, num_splits=num_splits, **shared)
+
+
+def _max_ctas(p: AttentionProblem, key: ForwardKey, num_splits: int, num_sms: int) -> int:
+    """The most CTAs of a launch, UNBOUNDED for one a tile. One fits an SM.
+
+    Where all sequences are equally long, each gets its share of tiles at the start. Else they take
+    the next one from a counter if the kernel can and there is more than one for each; or the card
+    hands it out wherever an SM is free.
+    """
+    if key.counts_tiles:
+        cfg = key.cfg
+        assert isinstance(cfg, sm100_tiles.TileConfig)
+        blocks = -(-p.seqlen_q // cfg.block_tokens)
+        tiles = p.batch * (p.num_heads // cfg.group) * blocks * num_splits
+        return num_sms if tiles > num_sms else UNBOUNDED
+    even = p.q_layout is Layout.DENSE and not (p.has_seqused_q or p.has_seqused_k)
+    return num_sms if even and num_splits == 1 else UNBOUNDED
 
 
 def forward_rows(variant: str) -> tuple[Any, ...]:

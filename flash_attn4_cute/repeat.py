@@ -62,7 +62,7 @@ _SOURCES = {
     "mBatchIdx": "kv_batch_idx",
 }
 # What nobody sees: one piece of memory holds all of it.
-_SCRATCH = ("mWorkspace", "mQRotated", "mSeqUsed")
+_SCRATCH = ("mWorkspace", "mTileCounter", "mQRotated", "mSeqUsed")
 _ALIGN = 256
 _MINUS_INF = 0xFF800000  # in float32
 
@@ -159,6 +159,10 @@ class Repeat:
                 self.fills.append((names.index("out"), out.nbytes // 4, 0))
             if lse is not None:
                 self.fills.append((names.index("lse"), lse.numel(), _MINUS_INF))
+        if getattr(arguments, "reads_counter", False):
+            scratch, begin = len(names), begins["mTileCounter"]
+            place = scratch + 1 + self.derived.index((scratch, begin)) if begin else scratch
+            self.fills.append((place, 1, 0))
 
     def _link(self, launched: Launched, begins: dict[str, int]) -> list[str]:
         """Find out which address of the list goes where; the names of the first of them."""

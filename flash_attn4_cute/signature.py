@@ -87,6 +87,7 @@ def trace_forward(key: ForwardKey) -> tuple:
         mKDescale=vectors(Float32, (batch, heads_kv), 1) if key.has_k_descale else None,
         mVDescale=vectors(Float32, (batch, heads_kv), 1) if key.has_v_descale else None,
         mWorkspace=rows(Float32, (cute.sym_int64(),), key.merged_dim > 0),
+        mTileCounter=values(Int32, (1,), key.counts_tiles),
         softmax_scale=Float32(1.0),
         window_left=Int32(0),
         window_right=Int32(0),

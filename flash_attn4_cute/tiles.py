@@ -67,6 +67,11 @@ class TileConfig:
         return False
 
     @property
+    def counts_tiles(self) -> bool:
+        """Whether CTAs take tiles from a counter where sequences differ."""
+        return False
+
+    @property
     def block_m(self) -> int:
         return self.num_compute_warps * self.rows_per_warp
 

@@ -145,7 +145,7 @@ class Epilogue:
     def own(self, args: ForwardArgs, mX: cute.Tensor, dense_rank: int) -> cute.Tensor:
         """mX of this split and sequence; `dense_rank` is that of mX with sequences, no splits."""
         if args.mWorkspace is not None:
-            mX = cute.slice_(mX, (self.work.split, *([None] * (cute.rank(mX) - 1))))
+            mX = cute.slice_(mX, (self.work.tile.split, *([None] * (cute.rank(mX) - 1))))
         if cute.rank(mX) == dense_rank:
             mX = cute.slice_(mX, (self.work.tile.batch, *([None] * (dense_rank - 1))))
         return mX

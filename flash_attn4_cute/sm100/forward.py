@@ -7,6 +7,7 @@
 
     warps   0-3, 4-7: softmax of Q tile 0 and 1   8-11: correction   12: MMA   13: load   14, 15: -
                                                             where pages are gathered, 13: K   14: V
+                                                            where sequences differ, 15: schedule
 
 One CTA computes two tiles of 128 query rows, of one head or of the heads of one key head (`rows`),
 which take turns: while the tensor core works for one, the softmax of the other runs. S, P and O
@@ -42,6 +43,7 @@ from .products import Products, SmemOperand, smem_address
 from .query import QueryLoader, QueryTile
 from .rings import Rings
 from .rows import RowMap, pack_heads
+from .schedule import ScheduleRole
 from .softmax import SoftmaxRole, Statistics
 from .tiles import (
     ALIGNMENT,
@@ -50,11 +52,14 @@ from .tiles import (
     ELEMENT_BYTES,
     SCORE_SLOTS,
     STAGED_BYTES,
+    TILE_SLOTS,
+    TILE_WORDS,
     TMEM_COLUMNS,
     TileConfig,
     swizzle_columns,
 )
 from .tmem import TmemMap
+from .turns import TilesByRank, TilesFromCounter
 from .work import WorkQueue
 
 
@@ -119,8 +124,12 @@ class ForwardSm100:
         cfg = self.cfg
         # At least one pair, also on a card that the plan gives an odd number of SMs.
         most = cutlass.max(args.max_ctas // cfg.ctas, 1)
+        grid = [cutlass.min(scheduler.num_tiles(), most) * cfg.ctas, args.num_splits, 1]
+        if const_expr(args.mTileCounter is not None):
+            # Who takes a tile also takes its split.
+            grid = [cutlass.min(scheduler.num_tiles() * args.num_splits, most), 1, 1]
         self.kernel(args, tuple((atom, mX) for atom, mX in tma if atom), scheduler).launch(
-            grid=[cutlass.min(scheduler.num_tiles(), most) * cfg.ctas, args.num_splits, 1],
+            grid=grid,
             block=[cfg.num_threads, 1, 1],
             cluster=[cfg.ctas, 1, 1] if cfg.ctas > 1 else None,
             stream=stream,
@@ -142,9 +151,11 @@ class ForwardSm100:
     def kernel(self, args: ForwardArgs, tma, scheduler: TileScheduler):
         cfg, roles = self.cfg, self.cfg.roles
         smem = cutlass.memory.SmemAllocator()
-        rings = Rings.allocate(smem, cfg)
+        counts = args.mTileCounter is not None
+        rings = Rings.allocate(smem, cfg, counts)
         tail_barrier = smem.allocate_array(cutlass.Int64, 1)
         tmem_address = smem.allocate_array(Int32, 1)
+        sTile = self.allocate_tiles(smem) if counts else None
         statistics = Statistics(*(self.allocate_statistic(smem) for _ in range(3)))
         q_layout = slots(BLOCK_M, cfg.head_dim, cfg.q_tiles)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, ALIGNMENT, swizzle=q_layout.inner)
@@ -170,38 +181,50 @@ class ForwardSm100:
             cute.arch.alloc_tmem(TMEM_COLUMNS, tmem_address, is_two_cta=cfg.ctas == 2)
         pair.meet(cfg.ctas)
 
-        queue = WorkQueue(cfg, self.rows, self.rule, scheduler)
+        queue = self.queue(scheduler, rings, sTile)
         if warp >= roles.correction_end:
             cute.arch.setmaxregister_decrease(cfg.registers.other)
             tiles = (sQ, sK, sV)
             if const_expr(not cfg.gathers):
                 if warp == roles.load:
                     keys = self.tma_keys(tma, tiles, rings, tail_barrier, args)
-                    self.load_role(True, keys, tma, tiles, rings, queue).run(args)
+                    self.load_role(True, keys, tma, tiles, rings, queue.of("load")).run(args)
             else:
                 for i in cutlass.range_constexpr(2):
                     if warp == (roles.load, roles.gather_v)[i]:
                         keys = self.gathered_keys(i == 0, sK, rings, args)
-                        self.load_role(i == 0, keys, tma, tiles, rings, queue).run(args)
+                        own = queue.of(("load", "load_v")[i])
+                        self.load_role(i == 0, keys, tma, tiles, rings, own).run(args)
             if warp == roles.mma and pair.leads(cfg.ctas):
-                self.mma_role(sQ, sK, rings, queue).run(args)
+                self.mma_role(sQ, sK, rings, queue.of("mma")).run(args)
+            if const_expr(counts):
+                if warp == roles.schedule:
+                    ScheduleRole(cfg.block_tokens, scheduler, rings, sTile).run(args)
         elif warp >= roles.softmax_end:
             cute.arch.setmaxregister_decrease(cfg.registers.correction)
             output = self.output_store(args, *tma[4:])
-            self.correction_role(statistics, output, sO, rings, queue).run(args)
+            own = queue.of("correction")
+            self.correction_role(statistics, output, sO, rings, own).run(args)
         else:
             cute.arch.setmaxregister_increase(cfg.registers.softmax)
-            self.softmax_role(statistics, rings, queue).run(args)
+            self.softmax_role(statistics, rings, queue.of("all_softmax")).run(args)
         for ring in rings.all():
             ring.check()
         pair.meet(cfg.ctas)
         if warp == roles.mma:
             self.free_tmem(tmem_address)
 
+    def queue(self, scheduler: TileScheduler, rings: Rings, sTile) -> WorkQueue:
+        """What gives the roles their work; `sTile` is there if tiles come from the counter."""
+        tiles = TilesByRank(scheduler, self.cfg.ctas)
+        if sTile is not None:
+            tiles = TilesFromCounter(None, rings, sTile)
+        return WorkQueue(self.cfg, self.rows, self.rule, scheduler.num_heads.divisor, tiles)
+
     def load_role(self, has_q: bool, keys, tma, tiles, rings: Rings, queue) -> LoadRole:
         """A load role; `tiles` are the slots of Q, K and V. The last two share their memory."""
         q = QueryLoader(self.cfg, self.q_tile, *tma[0], tiles[0], rings.q)
-        heads_per_kv_head = queue.scheduler.num_heads.divisor // cute.size(tma[1][1], mode=[2])
+        heads_per_kv_head = queue.heads // cute.size(tma[1][1], mode=[2])
         role = LoadRole if self.cfg.q_tiles == 2 else LoadOneTileRole
         return role(self.cfg, q if has_q else None, keys, rings, queue, heads_per_kv_head)
 
@@ -254,6 +277,10 @@ class ForwardSm100:
         """The correction role."""
         role = CorrectionRole if self.cfg.q_tiles == 2 else CorrectionOneTileRole
         return role(self.cfg, self.score, self.tmem, statistics, output, sO, rings, queue)
+
+    def allocate_tiles(self, smem) -> cute.Tensor:
+        """What the schedule role tells of tiles."""
+        return smem.allocate_tensor(Int32, cute.make_layout((TILE_WORDS, TILE_SLOTS)), 16)
 
     def allocate_statistic(self, smem) -> cute.Tensor:
         """One float a row, for each slot of S."""

@@ -49,9 +49,14 @@ class LoadRole:
                     if i == 0:
                         for tile in cutlass.range_constexpr(cfg.q_tiles):
                             self.load_q(queries, work, tile, q_phase)
+                    # While V waits for its slot, the next tile can be found.
+                    if i == work.num_blocks - 1:
+                        self.ask()
                     tail_phase = keys.load_v(v, blocks, (kv.slot, kv.phase), tail_phase)
                     kv = kv.next()
                 q_phase ^= 1
+            else:
+                self.ask()
             turn += 1
         self.wait_for_pair(kv, q_phase)
 
@@ -65,6 +70,12 @@ class LoadRole:
                 kv = kv.next()
             for slot in cutlass.range_constexpr(cfg.q_tiles * cfg.q_parts):
                 self.rings.q.wait_empty(slot, q_phase)
+
+    @cute.jit
+    def ask(self):
+        """Ask for the next piece of work, by the warp that has Q."""
+        if const_expr(self.q is not None):
+            self.queue.ask()
 
     @cute.jit
     def clear_idle_rows(self):

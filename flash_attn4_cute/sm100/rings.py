@@ -14,7 +14,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from . import pair
-from .tiles import SCORE_SLOTS, TileConfig, WarpRoles
+from .tiles import SCORE_SLOTS, TILE_SLOTS, TileConfig, WarpRoles
 
 
 @dataclass
@@ -169,6 +169,10 @@ class Rings:
         factor  Softmax -> Correction       what O must be multiplied with  -
         final   Softmax -> Correction       row sums and maxima             freed by Correction
         o       Mma -> Correction           the finished O                  -
+        tile    Schedule -> all others      what tile comes next            freed by all others
+        ask     Load -> Schedule            that the next tile is wanted    -
+
+    The last two are there where a counter gives tiles. Load asks once it has the answer before.
 
     S, P: Q K^T of a tile's block i + 1 is issued behind P V of its block i, which waited for P,
     which was written after S was read. O: P V waits in `p` for the correction, which has read the
@@ -196,10 +200,15 @@ class Rings:
     factor: Ring
     final: Ring
     o: Ring
+    tile: Ring | None
+    ask: Ring | None
 
     @staticmethod
-    def allocate(smem, cfg: TileConfig) -> "Rings":
-        """Declare the rings and lay their barriers out in shared memory."""
+    def allocate(smem, cfg: TileConfig, counts: bool) -> "Rings":
+        """Declare the rings and lay their barriers out in shared memory.
+
+        `counts`: whether a counter gives tiles.
+        """
 
         def ring(name: str, slots: int, full_by: str, to: str, empty_by: str = "") -> Ring:
             def arrivals(by: str, at: str) -> Arrivals:
@@ -216,6 +225,7 @@ class Rings:
 
         # Copies of cp.async arrive by themselves, but not at another CTA's barrier.
         bringer = "gather" if cfg.gathers and cfg.ctas == 1 else "load"
+        readers = "load mma all_softmax correction" + " load_v" * cfg.gathers
         return Rings(
             q=ring("q", cfg.q_tiles * cfg.q_parts, "load", "mma", "mma"),
             kv=ring("kv", cfg.kv_stages, bringer, "mma", "mma"),
@@ -225,7 +235,9 @@ class Rings:
             factor=ring("factor", SCORE_SLOTS, "softmax", "correction"),
             final=ring("final", cfg.q_tiles, "softmax", "correction", "correction"),
             o=ring("o", cfg.q_tiles, "mma", "correction"),
+            tile=ring("tile", TILE_SLOTS, "schedule", "all", readers) if counts else None,
+            ask=ring("ask", 1, "load", "schedule") if counts else None,
         )
 
     def all(self) -> tuple[Ring, ...]:
-        return tuple(vars(self).values())
+        return tuple(ring for ring in vars(self).values() if ring is not None)

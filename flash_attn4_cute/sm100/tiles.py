@@ -15,6 +15,8 @@ ELEMENT_BYTES = 2  # of Q, K, V and O
 BLOCK_M = 128  # query rows of one tile: the lanes of tensor memory, one softmax thread each
 BLOCK_N = 128
 SCORE_SLOTS = 2  # of S and P: they belong to what takes turns on the tensor core
+TILE_SLOTS = 4  # tiles that some roles have begun and others have not, where a counter gives them
+TILE_WORDS = 9  # that describe one
 STAGED_BYTES = 128  # of a row of O that pass through shared memory at a time
 SWIZZLE_COLUMNS = (64, 32, 16)  # 16-bit columns of a row of a swizzle atom, best first
 MIN_BOX_ROWS = 8  # of keys that TMA brings: smaller pages would take too many instructions
@@ -45,8 +47,8 @@ class RegisterBudget:
 
 @dataclass(frozen=True, slots=True)
 class WarpRoles:
-    """Which warps do what. The last warpgroup holds the MMA and the load warp and two idle ones,
-    of which one gathers V where TMA does not bring it.
+    """Which warps do what. The last warpgroup holds the MMA and the load warp, one that gathers V
+    where TMA does not bring it, and one that takes tiles from the counter where there is one.
     """
 
     softmax_end: int
@@ -54,22 +56,27 @@ class WarpRoles:
     mma: int
     load: int
     gather_v: int
+    schedule: int
     num_warps: int
 
     @staticmethod
     def of(q_tiles: int) -> "WarpRoles":
         """A warpgroup for the softmax of each Q tile, one for the correction, one for the rest."""
         softmax, correction = (n * WARPS_PER_GROUP for n in (q_tiles, q_tiles + 1))
-        mma, load, gather_v = (correction + i for i in range(3))
-        return WarpRoles(softmax, correction, mma, load, gather_v, correction + WARPS_PER_GROUP)
+        return WarpRoles(
+            softmax, correction, *range(correction, correction + WARPS_PER_GROUP + 1)
+        )
 
     def arrivals(self, role: str) -> int:
         """Arrivals of a role that hands a slot on: one a warp, or one a thread whose copies end."""
         return {
             "load": 1,
+            "load_v": 1,
             "gather": WARP_SIZE,
+            "schedule": 1,
             "mma": 1,
             "softmax": WARPS_PER_GROUP,
+            "all_softmax": self.softmax_end,
             "correction": WARPS_PER_GROUP,
         }[role]
 
@@ -126,6 +133,11 @@ class TileConfig:
         return True
 
     @property
+    def counts_tiles(self) -> bool:
+        """Whether CTAs take tiles from a counter where sequences differ: pairs do not."""
+        return self.ctas == 1
+
+    @property
     def gathers(self) -> bool:
         """Whether K and V are copied row by row."""
         return self.box_n is not None and self.box_n < MIN_BOX_ROWS
@@ -176,8 +188,9 @@ class TileConfig:
         kv = self.kv_stages * self.slot_bytes
         staged = BLOCK_M * STAGED_BYTES
         statistics = 3 * 4 * SCORE_SLOTS * BLOCK_M
+        tiles = 4 * TILE_SLOTS * TILE_WORDS if self.counts_tiles else 0
         # The barriers stand before the statistics, up to where Q can be aligned.
-        head = -(-(BARRIER_BYTES + statistics) // ALIGNMENT) * ALIGNMENT
+        head = -(-(BARRIER_BYTES + tiles + statistics) // ALIGNMENT) * ALIGNMENT
         return head + q + kv + staged
 
     def holds(self, head_dim: int, head_dim_v: int) -> bool:

@@ -1,6 +1,6 @@
 """The piece of work that all roles of a CTA agree on without talking to each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cutlass
@@ -10,12 +10,12 @@ from cutlass import Constexpr, Int32, const_expr
 from ..arguments import ForwardArgs
 from ..common.key_blocks import KeyBlocks
 from ..common.mask import BandMask
-from ..common.scheduler import TileScheduler, WorkTile
+from ..common.scheduler import WorkTile
 from ..common.seqlen import SeqlenInfo
 from . import pair
-from .order import tile_of_index
 from .rows import RowMap
 from .tiles import BLOCK_M, TileConfig
+from .turns import TilesByRank, TilesFromCounter
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Work:
     rows: Constexpr[RowMap]
     tile_tokens: Constexpr[int]
     tile: WorkTile
-    split: Int32
     seqlen: SeqlenInfo
     mask: BandMask
     blocks: KeyBlocks
@@ -77,45 +76,51 @@ class Work:
 
 @dataclass(frozen=True)
 class WorkQueue:
-    """The tiles of this CTA, one a turn, over the split of the keys that it has."""
+    """The tiles of this CTA, one a turn, and the split of the keys that belongs to each.
+
+    A role asks `has_work` and, if so, `work` once a turn.
+    """
 
     cfg: Constexpr[TileConfig]
     rows: Constexpr[RowMap]
     rule: Constexpr[Any]
-    scheduler: TileScheduler
+    heads: Int32  # of tiles: key heads if heads are packed
+    tiles: TilesByRank | TilesFromCounter
 
     @property
     def num_heads(self) -> Int32:
         """Query heads of the call."""
-        return self.scheduler.num_heads.divisor * self.rows.group
+        return self.heads * self.rows.group
+
+    def of(self, role: str) -> "WorkQueue":
+        """The same as it serves one role."""
+        return replace(self, tiles=self.tiles.of(role))
 
     @cute.jit
     def has_work(self, turn: Int32):
-        return self.scheduler.index(turn, self.cfg.ctas) < self.scheduler.num_tiles()
+        return self.tiles.has_tile(turn)
+
+    def ask(self):
+        """By the load role, once a turn: it will soon need the next piece of work."""
+        self.tiles.ask()
 
     @cute.jit
     def work(self, args: ForwardArgs, turn: Int32) -> Work:
         cfg, rows = self.cfg, self.rows
-        tile = tile_of_index(args, self.scheduler, self.scheduler.index(turn, cfg.ctas))
-        seqlen = SeqlenInfo.of(args, tile.batch)
+        tile, seqlen = self.tiles.tile(args, turn)
         mask = BandMask.of(self.rule, args.window_left, args.window_right, seqlen)
         token = tile.m_block * cfg.block_tokens
         end_token = cutlass.min(token + cfg.block_tokens, seqlen.seqlen_q)
         lo, hi = mask.blocks(token, end_token, cfg.block_n)
         blocks = KeyBlocks.of(self.rule, args, tile, seqlen)
         lo, hi = blocks.limits(lo, hi)
-        split = Int32(0)
-        if const_expr(args.mWorkspace is not None):
-            _, split, _ = cute.arch.block_idx()
-            per_split = cute.ceil_div(hi - lo, args.num_splits)
-            lo = cutlass.min(lo + split * per_split, hi)
-            hi = cutlass.min(lo + per_split, hi)
+        lo, hi = blocks.share(args, tile, lo, hi)
         num_blocks = hi - lo if token < seqlen.seqlen_q else 0
         hidden = self.hidden_blocks(mask, token, hi, num_blocks)
         token += pair.rank(cfg.ctas) * rows.tokens
         tile_tokens = cfg.ctas * rows.tokens
         return Work(
-            rows, tile_tokens, tile, split, seqlen, mask, blocks, token, hi - 1, num_blocks, hidden
+            rows, tile_tokens, tile, seqlen, mask, blocks, token, hi - 1, num_blocks, hidden
         )
 
     @cute.jit
