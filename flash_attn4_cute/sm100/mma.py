@@ -48,13 +48,16 @@ class MmaRole:
         q_phase, turn = Int32(0), Int32(0)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
-            for i in cutlass.range(work.num_blocks, unroll=1):
+            # Without a block, the last P V before it is still due: the correction waits for it, and
+            # a queue may wait for the correction.
+            for i in cutlass.range(cutlass.max(work.num_blocks, 1), unroll=1):
                 v = kv
                 if pending != 0:
                     kv = kv.next()
                 for tile in cutlass.range_constexpr(cfg.q_tiles):
                     bit, first = 1 << tile, work.first_block(tile)
-                    if const_expr(cfg.p_apart) and i >= first:
+                    is_scored = i >= first and i < work.num_blocks
+                    if const_expr(cfg.p_apart) and is_scored:
                         # The scores before these, of whose P a product may be pending, are read.
                         rings.s.wait_empty(tile, (p_phases ^ pending) >> tile & 1)
                         fence_after_sync()
@@ -67,12 +70,13 @@ class MmaRole:
                             self.tell_of_o(tile)
                         if const_expr(tile == cfg.q_tiles - 1):
                             self.free(rings.kv, v.slot)
-                    if const_expr(not cfg.p_apart) and i >= first:
+                    if const_expr(not cfg.p_apart) and is_scored:
                         self.issue_scores(tile, kv, q_phase, i == first, i == work.num_blocks - 1)
-                    pending = pending | bit if i >= first else pending & ~bit
+                    pending = pending | bit if is_scored else pending & ~bit
                     adds = adds | bit if i > first else adds & ~bit
-                self.free(rings.kv, kv.slot)
-                kv = kv.next()
+                if i < work.num_blocks:
+                    self.free(rings.kv, kv.slot)
+                    kv = kv.next()
             if work.num_blocks > 0:
                 q_phase ^= 1
             turn += 1
