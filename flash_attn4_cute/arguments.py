@@ -57,8 +57,8 @@ class ForwardArgs(NamedTuple):
     `mLSE` (b, h, sq) or (h, total_q), float32, natural logarithm. `mKvRow` (b,) is the row of dense
     K and V that belongs to each sequence, `mLeftPad` (b,) the first key that counts in it. With
     `mPageTable`, K and V are (pages, page_size, h_k, d). With `mWorkspace`, float32 of `num_splits`
-    times as many values as mO and mLSE have, keys are split. `mTileCounter` (1,) int32 is where CTAs
-    take their tiles from; it is 0 at the start if there are more tiles than `max_ctas`.
+    times as many values as mO and mLSE have, keys are split. CTAs take their tiles from
+    `mTileCounter` (1,) int32; it is 0 at the start if there are more tiles than `max_ctas`.
     `softmax_scale` is the factor in the exponentials; `score` is None without steps before them.
     `window_left` and `window_right` are read only where the mask rule has that bound. `max_ctas`
     bounds the grid: fewer CTAs than tiles compute several each.

@@ -197,7 +197,8 @@ class ForwardSm100:
                         self.load_role(i == 0, keys, tma, tiles, rings, own).run(args)
             if warp == roles.mma and pair.leads(cfg.ctas):
                 self.mma_role(sQ, sK, rings, queue.of("mma")).run(args)
-            if const_expr(counts):
+            # Two questions: one is answered at trace time, one at run time.
+            if const_expr(counts):  # noqa: SIM102
                 if warp == roles.schedule:
                     ScheduleRole(cfg.block_tokens, scheduler, rings, sTile).run(args)
         elif warp >= roles.softmax_end:

@@ -63,9 +63,7 @@ class WarpRoles:
     def of(q_tiles: int) -> "WarpRoles":
         """A warpgroup for the softmax of each Q tile, one for the correction, one for the rest."""
         softmax, correction = (n * WARPS_PER_GROUP for n in (q_tiles, q_tiles + 1))
-        return WarpRoles(
-            softmax, correction, *range(correction, correction + WARPS_PER_GROUP + 1)
-        )
+        return WarpRoles(softmax, correction, *range(correction, correction + WARPS_PER_GROUP + 1))
 
     def arrivals(self, role: str) -> int:
         """Arrivals of a role that hands a slot on: one a warp, or one a thread whose copies end."""
