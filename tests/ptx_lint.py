@@ -17,6 +17,7 @@ BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+)\s*;")
 WAIT = re.compile(r"mbarrier\.(?:try|test)_wait\.parity[.\w:]*\s+[^,]+,\s*\[[^\]]+\],\s*([%\w]+)")
 MOVE = re.compile(r"\bmov\.[bus]\d+\s+(%\w+),\s*([%\w-]+)\s*;")
 WRITE = re.compile(r"^\s*(?:@!?%\w+\s+)?[a-z][\w.:]*\s+(%r\d+)\s*,")
+ENDS = re.compile(r"\s*(?:ret|exit)\s*;")
 LITERAL = re.compile(r"-?(?:0x)?\d+$")
 
 
@@ -33,15 +34,35 @@ class Suspect:
 
 
 def find_loops(lines: list[str]) -> list[range]:
-    """Line ranges closed by a branch back to a label. Labels of inline assembly do not count: a
-    wait spins on its own parity rightly."""
+    """Line ranges closed by a branch back to a label from which the branch can be reached: code
+    that all roles end with may stand in front of what some of them do. Labels of inline assembly do
+    not count: a wait spins on its own parity rightly."""
     labels = {m.group(1): n for n, line in enumerate(lines) if (m := LABEL.match(line))}
     loops = []
     for n, line in enumerate(lines):
         match = BRANCH.search(line)
         if match and labels.get(match.group(1), n) < n:
-            loops.append(range(labels[match.group(1)], n + 1))
+            loop = range(labels[match.group(1)], n + 1)
+            if n in reachable(loop.start, lines, labels):
+                loops.append(loop)
     return loops
+
+
+def reachable(start: int, lines: list[str], labels: dict[str, int]) -> set[int]:
+    """Lines that can run after line `start`."""
+    found: set[int] = set()
+    todo = [start]
+    while todo:
+        n = todo.pop()
+        while n < len(lines) and n not in found:
+            found.add(n)
+            match = BRANCH.search(lines[n])
+            if match and match.group(1) in labels:
+                todo.append(labels[match.group(1)])
+            if ENDS.match(lines[n]) or (match and "@" not in lines[n]):
+                break
+            n += 1
+    return found
 
 
 def definitions(lines: list[str]) -> dict[str, list[tuple[int, str | None]]]:

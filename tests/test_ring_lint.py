@@ -56,6 +56,10 @@ HONEST = {
     "computed from a counter": loop(
         "A", "\tshr.u32 \t%r5, %r4, 2;\n\tand.b32 \t%r20, %r5, 1;\n" + wait("%r20")
     ),
+    "the end stands in front": "\tbra.uni \t$L__A0;\n$L__Z:\n\tret;\n$L__A0:\n"
+    + "\tmov.b32 \t%r20, 0;\n"
+    + loop("A", wait("%r20") + "\txor.b32 \t%r20, %r20, 1;\n")
+    + "\tbra.uni \t$L__Z;\n",
     "flips in the outer loop": "\tmov.b32 \t%r20, 0;\n"
     + loop("A", loop("B", wait("%r20")) + "\txor.b32 \t%r20, %r20, 1;\n"),
     "waits on a copy": "\tmov.b32 \t%r20, 0;\n"
