@@ -421,6 +421,50 @@ def test_lengths_of_any_type_are_one_call(fa4, on_gpu):
     assert len(execute.repeats) == 2 and len(launches) == 4
 
 
+@pytest.fixture
+def counters(fa4, on_gpu, monkeypatch):
+    """What is cleared before the launches on a card of 3 SMs whose CTAs take tiles from a counter:
+    (the address, whether it was cleared in time) of each launch."""
+    execute, launches = on_gpu
+    package = f"{fa4.__name__}.flash_attn4_cute"
+    plan, device = (importlib.import_module(f"{package}.{name}") for name in ("plan", "device"))
+    monkeypatch.setattr(plan, "supported_card", lambda d: device.Card("a card", (10, 0), 3))
+    found, cleared, fill = [], set(), Recorder.fill
+
+    def clear(self, address: int, number: int, word: int, stream: int) -> None:
+        fill(self, address, number, word, stream)
+        if number == 1:
+            cleared.add(address)
+
+    def launch(launched: Launch) -> None:
+        words = {w for words in with_other_addresses(launched.params, {}) for w in words}
+        found.append(cleared & words)
+        for address in found[-1]:
+            cell = ctypes.c_int32.from_address(address)
+            assert cell.value == 0
+            cell.value = 5  # tiles that were taken
+        launches.append(launched)
+
+    monkeypatch.setattr(Recorder, "fill", clear)
+    monkeypatch.setattr(bootstrap(), "on_launch", launch)
+    return found
+
+
+@pytest.mark.parametrize(("tokens", "splits", "counts"), [(800, 1, 1), (300, 3, 1), (300, 1, 0)])
+def test_tiles_are_counted_from_zero_at_each_call(fa4, counters, tokens, splits, counts):
+    """In memory that the call has for itself, also behind the workspace of split keys; not where
+    each tile has a CTA."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(tokens, 1, 64, dtype=torch.bfloat16) for _ in range(3))
+        starts = torch.tensor([0, tokens], dtype=torch.int32)
+        fa4.flash_attn_varlen_func(
+            q, k, v, starts, starts, tokens, tokens, causal=True, num_splits=splits
+        )
+    repeated = counters[2 if splits > 1 else 1 :: 2 if splits > 1 else 1]
+    assert [len(addresses) for addresses in repeated] == [counts] * 2
+
+
 def test_threads_do_not_mix_their_addresses(fa4, on_gpu):
     _, launches = on_gpu
     mine = [tensors(seed) for seed in range(4)]

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 
+from ptx_emulator.cli import ours
 from tests.cases import BF16, F16, Case
 
 from .on_cards import verify
@@ -35,6 +36,7 @@ def test_pieces_of_work_follow_each_other(fa4, name, monkeypatch):
     """Two CTAs, or one pair, for all of it, also where the plan lets the card hand tiles out."""
     plan = importlib.import_module(f"{fa4.__name__}.flash_attn4_cute.plan")
     monkeypatch.setattr(plan, "UNBOUNDED", 2)
+    monkeypatch.setattr(ours, "NUM_SMS", 2)
     turn = list(CASES).index(name)
     options = {"heads": 1, "heads_kv": 1, "pack_gqa": False, **CASES[name]}
     question = Case(name=name, dtype=(BF16, F16)[turn % 2], **options)
