@@ -73,6 +73,28 @@ def test_splits(fa4, card, changes, splits):  # noqa: F811
     assert f"splits: {plan.num_splits}" in plan.explain()
 
 
+@pytest.mark.parametrize(
+    ("changes", "counts", "bounded"),
+    [
+        ({"seqlen_q": 16384}, False, True),  # 256 tiles, equally long: fixed shares
+        ({"seqlen_q": 16384, "q_layout": "VARLEN"}, True, True),
+        ({"seqlen_q": 16384, "kv_layout": "VARLEN"}, True, True),
+        ({"seqlen_q": 16384, "has_seqused_q": True}, True, True),
+        ({"seqlen_q": 16384, "has_seqused_k": True}, True, True),
+        ({"seqlen_q": 8192, "has_seqused_k": True}, True, False),  # 128 tiles: a CTA for each
+        ({"seqlen_q": 8192, "has_seqused_k": True, "num_splits": 2}, True, True),
+        ({"seqlen_q": 16384, "has_seqused_k": True, "head_dim": 256}, False, False),  # pairs
+    ],
+)
+def test_tiles_from_a_counter(fa4, card, changes, counts, bounded):  # noqa: F811
+    """Where sequences differ; CTAs are as many as SMs where there are more tiles."""
+    layout = fa4.flash_attn4_cute.problem.Layout
+    changes = {name: getattr(layout, str(v), v) for name, v in changes.items()}
+    plan = card(B200).make_plan(gpu_problem(fa4, **{"num_splits": 1, **changes}))
+    assert plan.key.counts_tiles == counts
+    assert (plan.max_ctas == 132) == bounded, plan.max_ctas
+
+
 def test_dropout_in_packed_tiles(fa4, card):  # noqa: F811
     """The tcgen05 kernel packs heads beside all else, of the mma.sync kernels only the decode's."""
     problem = paged(fa4, 16, dropout_p=0.1, num_splits=2, pack_gqa=True, num_heads_kv=1)
