@@ -41,7 +41,7 @@ from .mma_one_tile import MmaOneTileRole
 from .output import OutputStore, OutputTile
 from .products import Products, SmemOperand, smem_address
 from .query import QueryLoader, QueryTile
-from .rings import Rings
+from .rings import Rings, TileRings
 from .rows import RowMap, pack_heads
 from .schedule import ScheduleRole
 from .softmax import SoftmaxRole, Statistics
@@ -52,8 +52,6 @@ from .tiles import (
     ELEMENT_BYTES,
     SCORE_SLOTS,
     STAGED_BYTES,
-    TILE_SLOTS,
-    TILE_WORDS,
     TMEM_COLUMNS,
     TileConfig,
     swizzle_columns,
@@ -151,11 +149,12 @@ class ForwardSm100:
     def kernel(self, args: ForwardArgs, tma, scheduler: TileScheduler):
         cfg, roles = self.cfg, self.cfg.roles
         smem = cutlass.memory.SmemAllocator()
+        rings = Rings.allocate(smem, cfg)
         counts = args.mTileCounter is not None
-        rings = Rings.allocate(smem, cfg, counts)
+        tile_rings = TileRings.allocate(smem, cfg) if counts else None
+        all_rings = (*rings.all(), *(tile_rings.all() if counts else ()))
         tail_barrier = smem.allocate_array(cutlass.Int64, 1)
         tmem_address = smem.allocate_array(Int32, 1)
-        sTile = self.allocate_tiles(smem) if counts else None
         statistics = Statistics(*(self.allocate_statistic(smem) for _ in range(3)))
         q_layout = slots(BLOCK_M, cfg.head_dim, cfg.q_tiles)
         sQ = smem.allocate_tensor(self.dtype, q_layout.outer, ALIGNMENT, swizzle=q_layout.inner)
@@ -173,7 +172,7 @@ class ForwardSm100:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == roles.load:
             with cute.arch.elect_one():
-                for ring in rings.all():
+                for ring in all_rings:
                     ring.init()
                 cute.arch.mbarrier_init(tail_barrier, 1)
             cute.arch.mbarrier_init_fence()
@@ -181,7 +180,7 @@ class ForwardSm100:
             cute.arch.alloc_tmem(TMEM_COLUMNS, tmem_address, is_two_cta=cfg.ctas == 2)
         pair.meet(cfg.ctas)
 
-        queue = self.queue(scheduler, rings, sTile)
+        queue = self.queue(scheduler, tile_rings)
         if warp >= roles.correction_end:
             cute.arch.setmaxregister_decrease(cfg.registers.other)
             tiles = (sQ, sK, sV)
@@ -200,7 +199,7 @@ class ForwardSm100:
             # Two questions: one is answered at trace time, one at run time.
             if const_expr(counts):  # noqa: SIM102
                 if warp == roles.schedule:
-                    ScheduleRole(cfg.block_tokens, scheduler, rings, sTile).run(args)
+                    ScheduleRole(cfg.block_tokens, scheduler, tile_rings).run(args)
         elif warp >= roles.softmax_end:
             cute.arch.setmaxregister_decrease(cfg.registers.correction)
             output = self.output_store(args, *tma[4:])
@@ -209,17 +208,17 @@ class ForwardSm100:
         else:
             cute.arch.setmaxregister_increase(cfg.registers.softmax)
             self.softmax_role(statistics, rings, queue.of("all_softmax")).run(args)
-        for ring in rings.all():
+        for ring in all_rings:
             ring.check()
         pair.meet(cfg.ctas)
         if warp == roles.mma:
             self.free_tmem(tmem_address)
 
-    def queue(self, scheduler: TileScheduler, rings: Rings, sTile) -> WorkQueue:
-        """What gives the roles their work; `sTile` is there if tiles come from the counter."""
-        tiles = TilesByRank(scheduler, self.cfg.ctas)
-        if sTile is not None:
-            tiles = TilesFromCounter(None, rings, sTile)
+    def queue(self, scheduler: TileScheduler, rings: TileRings | None) -> WorkQueue:
+        """What gives the roles their work; `rings` are there if tiles come from the counter."""
+        tiles: TilesByRank | TilesFromCounter = TilesByRank(scheduler, self.cfg.ctas)
+        if rings is not None:
+            tiles = TilesFromCounter(None, rings)
         return WorkQueue(self.cfg, self.rows, self.rule, scheduler.num_heads.divisor, tiles)
 
     def load_role(self, has_q: bool, keys, tma, tiles, rings: Rings, queue) -> LoadRole:
@@ -278,10 +277,6 @@ class ForwardSm100:
         """The correction role."""
         role = CorrectionRole if self.cfg.q_tiles == 2 else CorrectionOneTileRole
         return role(self.cfg, self.score, self.tmem, statistics, output, sO, rings, queue)
-
-    def allocate_tiles(self, smem) -> cute.Tensor:
-        """What the schedule role tells of tiles."""
-        return smem.allocate_tensor(Int32, cute.make_layout((TILE_WORDS, TILE_SLOTS)), 16)
 
     def allocate_statistic(self, smem) -> cute.Tensor:
         """One float a row, for each slot of S."""

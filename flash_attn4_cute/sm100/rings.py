@@ -6,6 +6,7 @@ lives in the roles' own locals: a `Cursor`, or a slot that never changes and a p
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import cutlass
 import cutlass.cute as cute
@@ -14,7 +15,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 from . import pair
-from .tiles import SCORE_SLOTS, TILE_SLOTS, TileConfig, WarpRoles
+from .tiles import SCORE_SLOTS, TILE_SLOTS, TILE_WORDS, TileConfig, WarpRoles
 
 
 @dataclass
@@ -169,10 +170,6 @@ class Rings:
         factor  Softmax -> Correction       what O must be multiplied with  -
         final   Softmax -> Correction       row sums and maxima             freed by Correction
         o       Mma -> Correction           the finished O                  -
-        tile    Schedule -> all others      what tile comes next            freed by all others
-        ask     Load -> Schedule            that the next tile is wanted    -
-
-    The last two are there where a counter gives tiles. Load asks once it has the answer before.
 
     S, P: Q K^T of a tile's block i + 1 is issued behind P V of its block i, which waited for P,
     which was written after S was read. O: P V waits in `p` for the correction, which has read the
@@ -200,32 +197,13 @@ class Rings:
     factor: Ring
     final: Ring
     o: Ring
-    tile: Ring | None
-    ask: Ring | None
 
     @staticmethod
-    def allocate(smem, cfg: TileConfig, counts: bool) -> "Rings":
-        """Declare the rings and lay their barriers out in shared memory.
-
-        `counts`: whether a counter gives tiles.
-        """
-
-        def ring(name: str, slots: int, full_by: str, to: str, empty_by: str = "") -> Ring:
-            def arrivals(by: str, at: str) -> Arrivals:
-                return Arrivals(cfg.roles, tuple(by.split()), cfg.ctas if at == "mma" else 1)
-
-            return Ring(
-                name,
-                slots,
-                arrivals(full_by, to),
-                arrivals(empty_by, full_by),
-                cfg.ctas,
-                smem.allocate_array(cutlass.Int64, slots * (2 if empty_by else 1)),
-            )
-
+    def allocate(smem, cfg: TileConfig) -> "Rings":
+        """Declare the rings and lay their barriers out in shared memory."""
+        ring = partial(_allocate_ring, smem, cfg)
         # Copies of cp.async arrive by themselves, but not at another CTA's barrier.
         bringer = "gather" if cfg.gathers and cfg.ctas == 1 else "load"
-        readers = "load mma all_softmax correction" + " load_v" * cfg.gathers
         return Rings(
             q=ring("q", cfg.q_tiles * cfg.q_parts, "load", "mma", "mma"),
             kv=ring("kv", cfg.kv_stages, bringer, "mma", "mma"),
@@ -235,9 +213,51 @@ class Rings:
             factor=ring("factor", SCORE_SLOTS, "softmax", "correction"),
             final=ring("final", cfg.q_tiles, "softmax", "correction", "correction"),
             o=ring("o", cfg.q_tiles, "mma", "correction"),
-            tile=ring("tile", TILE_SLOTS, "schedule", "all", readers) if counts else None,
-            ask=ring("ask", 1, "load", "schedule") if counts else None,
         )
 
     def all(self) -> tuple[Ring, ...]:
-        return tuple(ring for ring in vars(self).values() if ring is not None)
+        return tuple(vars(self).values())
+
+
+@dataclass(frozen=True)
+class TileRings:
+    """The rings that bring a CTA its tiles, where a counter gives them, and what is in their slots.
+
+        tile    Schedule -> all others      what tile comes next            freed by all others
+        ask     Load -> Schedule            that the next tile is wanted    -
+
+    Load asks once it has the answer before.
+    """
+
+    tile: Ring
+    ask: Ring
+    sTile: cute.Tensor  # (words, slots)
+
+    @staticmethod
+    def allocate(smem, cfg: TileConfig) -> "TileRings":
+        """As `Rings.allocate`."""
+        readers = "load mma all_softmax correction" + " load_v" * cfg.gathers
+        return TileRings(
+            _allocate_ring(smem, cfg, "tile", TILE_SLOTS, "schedule", "all", readers),
+            _allocate_ring(smem, cfg, "ask", 1, "load", "schedule"),
+            smem.allocate_tensor(Int32, cute.make_layout((TILE_WORDS, TILE_SLOTS)), 16),
+        )
+
+    def all(self) -> tuple[Ring, ...]:
+        return self.tile, self.ask
+
+
+def _allocate_ring(
+    smem, cfg: TileConfig, name: str, slots: int, full_by: str, to: str, empty_by: str = ""
+) -> Ring:
+    def arrivals(by: str, at: str) -> Arrivals:
+        return Arrivals(cfg.roles, tuple(by.split()), cfg.ctas if at == "mma" else 1)
+
+    return Ring(
+        name,
+        slots,
+        arrivals(full_by, to),
+        arrivals(empty_by, full_by),
+        cfg.ctas,
+        smem.allocate_array(cutlass.Int64, slots * (2 if empty_by else 1)),
+    )

@@ -8,7 +8,7 @@ from cutlass import Boolean, Constexpr, Int32, const_expr
 from ..arguments import ForwardArgs
 from ..common.scheduler import TileScheduler
 from .order import Sequences
-from .rings import Rings
+from .rings import TileRings
 from .tiles import TILE_SLOTS, WARP_SIZE
 from .turns import (
     BATCH,
@@ -36,8 +36,7 @@ class ScheduleRole:
 
     block_tokens: Constexpr[int]
     scheduler: TileScheduler
-    rings: Rings
-    sTile: cute.Tensor  # (words, slots)
+    rings: TileRings
 
     @cute.jit
     def run(self, args: ForwardArgs):
@@ -60,7 +59,7 @@ class ScheduleRole:
             if goes_on:
                 self.write(sequences, index - before - sequences.begin, slot)
             elif cute.arch.lane_idx() == 0:
-                self.sTile[M_BLOCK, slot] = NO_TILE
+                self.rings.sTile[M_BLOCK, slot] = NO_TILE
             rings.tile.arrive_full("schedule", slot)
             if goes_on:
                 rings.ask.wait_full(0, turn % 2)
@@ -88,11 +87,12 @@ class ScheduleRole:
                 BATCH_K: seqlen.batch_k,
             }
             for word, value in found.items():
-                self.sTile[word, slot] = value
+                self.rings.sTile[word, slot] = value
 
     @cute.jit
     def next_index(self, args: ForwardArgs, shared: Int32) -> Int32:
         """The number of the next tile that no CTA has; behind all tiles where none is left."""
+        assert args.mTileCounter is not None, "else there is no such role"
         grid, _, _ = cute.arch.grid_dim()
         most = self.scheduler.num_m_blocks * self.scheduler.num_batch.divisor * shared
         index = most

@@ -13,7 +13,7 @@ from ..arguments import ForwardArgs
 from ..common.scheduler import TileScheduler, WorkTile
 from ..common.seqlen import SeqlenInfo
 from .order import tile_of_index
-from .rings import Rings
+from .rings import TileRings
 from .tiles import TILE_SLOTS
 
 # Words of a tile in shared memory; the number of the tile's block is NO_TILE behind the last tile.
@@ -56,11 +56,10 @@ class TilesFromCounter:
     """The schedule role takes tiles from the counter and writes them into a ring; see there."""
 
     role: Constexpr[Any]  # who reads
-    rings: Rings
-    sTile: cute.Tensor  # (words, slots)
+    rings: TileRings
 
     def of(self, role: str) -> "TilesFromCounter":
-        return TilesFromCounter(role, self.rings, self.sTile)
+        return TilesFromCounter(role, self.rings)
 
     @cute.jit
     def has_tile(self, turn: Int32) -> Boolean:
@@ -80,7 +79,7 @@ class TilesFromCounter:
 
     def word(self, word: int, slot: Int32) -> Int32:
         """A word of a tile; all lanes have it."""
-        return cute.arch.make_warp_uniform(self.sTile[word, slot])
+        return cute.arch.make_warp_uniform(self.rings.sTile[word, slot])
 
     @cute.jit
     def ask(self):

@@ -1,7 +1,6 @@
 """The tcgen05 kernel's tiles from a counter: each is taken once, in order, and by whoever asks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
@@ -12,7 +11,7 @@ from cutlass import Int32
 import ptx_emulator
 from flash_attn4_cute.arguments import ForwardArgs
 from flash_attn4_cute.common.scheduler import TileScheduler
-from flash_attn4_cute.sm100.rings import Arrivals, Ring
+from flash_attn4_cute.sm100.rings import Arrivals, Ring, TileRings
 from flash_attn4_cute.sm100.schedule import ScheduleRole
 from flash_attn4_cute.sm100.tiles import TILE_SLOTS, TILE_WORDS, WarpRoles
 from flash_attn4_cute.sm100.turns import TilesFromCounter
@@ -21,40 +20,37 @@ BLOCK, HEADS = 10, 3  # tokens of a tile
 MANY = [7 * i % 19 for i in range(40)]  # sequences, more than a warp has lanes; one without tokens
 
 
-@dataclass(frozen=True)
-class TwoRings:
-    tile: Ring
-    ask: Ring
+def two_warps(smem) -> TileRings:
+    """Where a warp that asks as the load role does is the only one that takes tiles."""
 
-    @staticmethod
-    def allocate(smem) -> "TwoRings":
-        def ring(name: str, slots: int, full_by: str, empty_by: str) -> Ring:
-            by = (Arrivals(WarpRoles.of(2), (role,)) for role in (full_by, empty_by))
-            return Ring(name, slots, *by, 1, smem.allocate_array(cutlass.Int64, 2 * slots))
+    def ring(name: str, slots: int, full_by: str, empty_by: str) -> Ring:
+        by = (Arrivals(WarpRoles.of(2), tuple(roles.split())) for roles in (full_by, empty_by))
+        return Ring(name, slots, *by, 1, smem.allocate_array(cutlass.Int64, 2 * slots))
 
-        return TwoRings(
-            ring("tile", TILE_SLOTS, "schedule", "load"), ring("ask", 1, "load", "schedule")
-        )
+    return TileRings(
+        ring("tile", TILE_SLOTS, "schedule", "load"),
+        ring("ask", 1, "load", ""),
+        smem.allocate_tensor(Int32, cute.make_layout((TILE_WORDS, TILE_SLOTS)), 16),
+    )
 
 
 @cute.kernel
 def take(args: ForwardArgs, mSeen: cute.Tensor, mOrder: cute.Tensor, scheduler: TileScheduler):
     """Two warps a CTA: one schedules, the other counts in `mSeen` what it is told."""
     smem = cutlass.memory.SmemAllocator()
-    rings = TwoRings.allocate(smem)
-    sTile = smem.allocate_tensor(Int32, cute.make_layout((TILE_WORDS, TILE_SLOTS)), 16)
+    rings = two_warps(smem)
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     if warp == 0:
         with cute.arch.elect_one():
-            rings.tile.init()
-            rings.ask.init()
+            for ring in rings.all():
+                ring.init()
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
     cta, _, _ = cute.arch.block_idx()
     if warp == 0:
-        ScheduleRole(BLOCK, scheduler, rings, sTile).run(args)
+        ScheduleRole(BLOCK, scheduler, rings).run(args)
     else:
-        tiles = TilesFromCounter("load", rings, sTile)
+        tiles = TilesFromCounter("load", rings)
         turn = Int32(0)
         while tiles.has_tile(turn):
             tile, seqlen = tiles.tile(args, turn)
