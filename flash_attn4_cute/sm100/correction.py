@@ -11,7 +11,7 @@ from ..arguments import ForwardArgs
 from ..common.softmax import LOG2_E
 from .epilogue import Epilogue, wait_until_read
 from .output import OutputStore
-from .rings import Rings
+from .rings import Rings, opaque
 from .softmax import Statistics
 from .tiles import WARP_SIZE, WARPS_PER_GROUP, TileConfig
 from .tmem import (
@@ -52,6 +52,10 @@ class CorrectionRole:
         turn = Int32(0)
         while self.queue.has_work(turn):
             work = self.queue.work(args, turn)
+            if const_expr(self.output is None or not self.output.ends_with_memory):
+                # Else the places of the row in tensor memory are worked out before the loop, and
+                # held: with all that lanes need to store rows, float16 d 128 spilled 8 bytes.
+                thread = opaque(thread)
             if work.num_blocks > 0:
                 for i in cutlass.range(1, work.num_blocks, unroll=1):
                     for tile in cutlass.range_constexpr(self.cfg.q_tiles):

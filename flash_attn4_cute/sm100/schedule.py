@@ -9,7 +9,7 @@ from ..arguments import ForwardArgs
 from ..common.scheduler import TileScheduler
 from .order import Sequences
 from .rings import TileRings
-from .tiles import TILE_SLOTS, WARP_SIZE
+from .tiles import WARP_SIZE
 from .turns import (
     BATCH,
     BATCH_K,
@@ -21,6 +21,7 @@ from .turns import (
     SEQLEN_K,
     SEQLEN_Q,
     SPLIT,
+    slot_of,
 )
 
 
@@ -54,15 +55,15 @@ class ScheduleRole:
                 first += WARP_SIZE
                 sequences = Sequences.of(args, first, num_batch, (self.block_tokens, shared))
             goes_on = index - before < sequences.total
-            slot = turn % TILE_SLOTS
-            rings.tile.wait_empty(slot, turn // TILE_SLOTS % 2)
+            slot, phase = slot_of(turn)
+            rings.tile.wait_empty(slot, phase)
             if goes_on:
                 self.write(sequences, index - before - sequences.begin, slot)
             elif cute.arch.lane_idx() == 0:
                 self.rings.sTile[M_BLOCK, slot] = NO_TILE
             rings.tile.arrive_full("schedule", slot)
             if goes_on:
-                rings.ask.wait_full(0, turn % 2)
+                rings.ask.wait_full(0, turn & 1)
                 index = self.next_index(args, shared)
             turn += 1
 

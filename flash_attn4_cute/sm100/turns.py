@@ -51,6 +51,12 @@ class TilesByRank:
         """The next tile is known."""
 
 
+def slot_of(turn: Int32) -> tuple[Int32, Int32]:
+    """Where the ring of tiles has that of a turn: slot and phase."""
+    assert TILE_SLOTS & (TILE_SLOTS - 1) == 0, "a mask is the remainder"
+    return turn & (TILE_SLOTS - 1), turn >> TILE_SLOTS.bit_length() - 1 & 1
+
+
 @dataclass(frozen=True)
 class TilesFromCounter:
     """The schedule role takes tiles from the counter and writes them into a ring; see there."""
@@ -63,14 +69,14 @@ class TilesFromCounter:
 
     @cute.jit
     def has_tile(self, turn: Int32) -> Boolean:
-        slot = turn % TILE_SLOTS
-        self.rings.tile.wait_full(slot, turn // TILE_SLOTS % 2)
+        slot, phase = slot_of(turn)
+        self.rings.tile.wait_full(slot, phase)
         return self.word(M_BLOCK, slot) != NO_TILE
 
     @cute.jit
     def tile(self, args: ForwardArgs, turn: Int32) -> tuple[WorkTile, SeqlenInfo]:
         """Reads the tile, and gives its slot back."""
-        slot = turn % TILE_SLOTS
+        slot, _ = slot_of(turn)
         place = (self.word(word, slot) for word in (M_BLOCK, HEAD, BATCH, SPLIT))
         lengths = (OFFSET_Q, OFFSET_K, SEQLEN_Q, SEQLEN_K, BATCH_K)
         found = WorkTile(*place), SeqlenInfo(*(self.word(word, slot) for word in lengths))
