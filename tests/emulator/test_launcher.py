@@ -93,17 +93,20 @@ def example(standin: Any, sizes: Sizes) -> Any:
 
 
 def keys() -> dict[str, Any]:
-    pairs = (key for key in wanted("sm100f") if not isinstance(key, DecodeKey))
+    tcgen05 = [key for key in wanted("sm100f") if not isinstance(key, DecodeKey)]
     return {
-        "decode-split": decode_keys("sm120a")["sm120a_d128_32_2_most"],
+        "decode-split": next(
+            key for name, key in decode_keys("sm120a").items() if name.startswith("sm120a_d128_32")
+        ),
         "append": append_keys("sm120a")["sm120a_append_halves"],
         "tcgen05": next(
-            k for k in pairs if "head_dim=256" in repr(k) and "softcap=True" in repr(k)
+            k for k in tcgen05 if "head_dim=256" in repr(k) and "softcap=True" in repr(k)
         ),
+        "tcgen05-counter": next(k for k in tcgen05 if getattr(k, "counts_tiles", False)),
     }
 
 
-@pytest.mark.parametrize("name", ["decode-split", "append", "tcgen05"])
+@pytest.mark.parametrize("name", ["decode-split", "append", "tcgen05", "tcgen05-counter"])
 def test_same_bytes_as_cute_dsl(name):
     import cutlass.cute as cute
 
@@ -111,7 +114,7 @@ def test_same_bytes_as_cute_dsl(name):
     kernel, standins = key.trace()
     host = bootstrap()
     host.set_device(10, 0, 148)
-    arch = "sm_100a" if name == "tcgen05" else "sm_120a"
+    arch = "sm_100a" if name.startswith("tcgen05") else "sm_120a"
     host.set_arch(arch)
     theirs = cute.compile(
         kernel,
