@@ -145,13 +145,25 @@ def bootstrap() -> Host:
         )
     os.environ["CUTE_DSL_LIBS"] = library
     os.environ["CUTE_DSL_KEEP"] = "ptx,cubin"
-    # File names repeat, so two processes that share a directory read each other's kernels; a child
-    # inherits the variable, hence a directory inside it.
-    given = os.environ.get("CUTE_DSL_DUMP_DIR")
-    os.environ["CUTE_DSL_DUMP_DIR"] = tempfile.mkdtemp(prefix="ptx_emulator_", dir=given)
+    _use_own_directory()
+    os.register_at_fork(after_in_child=_use_own_directory)
     _host = Host()
     _watch_compiler(_host)
     return _host
+
+
+def _use_own_directory() -> None:
+    """File names repeat, so two processes that share a directory read each other's kernels.
+
+    A child inherits the variable, hence a directory inside it.
+    """
+    given = os.environ.get("CUTE_DSL_DUMP_DIR")
+    own = tempfile.mkdtemp(prefix="ptx_emulator_", dir=given)
+    os.environ["CUTE_DSL_DUMP_DIR"] = own
+    if "cutlass.cutlass_dsl" in sys.modules:
+        from cutlass.cutlass_dsl import CuTeDSL
+
+        CuTeDSL._get_dsl().envar.dump_dir = own  # read at import
 
 
 def _watch_compiler(host: Host) -> None:

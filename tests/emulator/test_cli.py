@@ -1,6 +1,9 @@
 """The command line: its report, its exit status, and its refusals."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +114,16 @@ def test_a_wrong_feature_is_reported(capsys, monkeypatch):
     monkeypatch.setattr(sweep, "features", lambda: iter([wrong]))
     status, report = run(capsys, *["--arch", "sm120a", "--features", "--schedules", "1"])
     assert status == WRONG and not report["ok"] and report["wrong"][0]["feature"] == "wrong"
+
+
+def compiler_directory():
+    from cutlass.cutlass_dsl import CuTeDSL
+
+    return CuTeDSL._get_dsl().envar.dump_dir
+
+
+def test_forked_processes_compile_apart():
+    """Names of files repeat: two processes in one directory would read each other's kernels."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        theirs = pool.submit(compiler_directory).result()
+    assert theirs != compiler_directory() and Path(theirs).parent == Path(compiler_directory())
