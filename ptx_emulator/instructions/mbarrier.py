@@ -115,9 +115,15 @@ def run_arrive(g: Gang, address: Any, count: Any, mask: Any) -> Any:
             state = np.uint64(barrier.phase)
             number = lanes * uniform(g, count, mask, "an arrival's count")
             warps = naming(g, address, at, mask)
-            if g.cta.race is not None:
-                g.cta.race.release(barrier, warps, number)
-            barrier.arrive(number, 32 if lanes == 32 * len(warps) else 1)
+            at_once = 32 if lanes == 32 * len(warps) else 1
+            turns = [warps]
+            if number > barrier.pending and lanes == at_once * len(warps):
+                # One after the other: who comes behind the end of a phase is not waited for in it.
+                turns = list(warps[:, None])
+            for some in turns:
+                if g.cta.race is not None:
+                    g.cta.race.release(barrier, some, number // len(turns))
+                barrier.arrive(number // len(turns), at_once)
     return state
 
 

@@ -177,6 +177,18 @@ def test_races(name):
         run(repaired, warps=2, schedule=schedule)
 
 
+def test_a_phase_tells_of_those_who_end_it():
+    """Not of a warp that arrives behind its end, even if by the same instruction as the others."""
+    reads = "".join(f"ld.shared.b32 %r9, [%r1+{at}];\n" for at in (128, 256, 384))
+    arrive = "mbarrier.arrive.shared.b64 %rd9, [%r1];\n"
+    refill = FILL.replace(", %r2;", ", %r3;")
+    body = reads + arrive + WAIT.format("", 0) + refill
+    for schedule in range(4):
+        with pytest.raises(Race):
+            run(FILL + init(64) + body, warps=3, schedule=schedule)
+        run(FILL + init(96) + body, warps=3, schedule=schedule)
+
+
 @pytest.mark.parametrize("missing", ["", DRAIN.replace("0", "1")])
 def test_bulk_stores_outlive_nobody(missing):
     """A warp waits for its stores before it ends, if the session asks for it."""
