@@ -129,7 +129,10 @@ def forward(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tens
 
 
 def forward_in_turn(emulator: Session, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The same by one CTA, also where the plan lets the card hand out tiles one by one."""
+    """The same by one CTA, also where the plan lets the card hand out tiles one by one.
+
+    By NUM_SMS where a counter gives more tiles than that.
+    """
     plan: Any = importlib.import_module("flash_attn4_cute.plan")
     before, plan.UNBOUNDED = plan.UNBOUNDED, 1
     try:

@@ -95,12 +95,14 @@ SUBJECTS = {
         "sm_100a",
         _case(**_PACKED, batch=3, seqlen_q=210, seqlen_k=450, varlen=True),
         ours.forward_in_turn,
-        # Of one block each, but for one with more blocks than the ring has slots for.
+        # Of one block each, but for one with more blocks than the ring has slots for. In the last,
+        # a CTA goes around its ring of tiles more than once, and tiles without keys hold nobody up.
         also=(
             _packed(
                 (40, 100), (130, 70), (9, 128), (0, 50), (140, 1100), (200, 1), (70, 0), **_PACKED
             ),
             _packed((130, 200), (140, 250), **_PACKED),
+            _packed((130, 100), (30, 0), heads=6, kv_heads=6, **_PACKED),
         ),
     ),
     "ours-sm100a-apart": Subject(
