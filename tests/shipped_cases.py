@@ -1,5 +1,6 @@
 """A small call for each precompiled attention kernel: one that this very kernel answers."""
 
+import math
 from typing import Any
 
 from flash_attn4_cute.build.shipped import SHIPPED
@@ -52,6 +53,11 @@ def small_case(problem: AttentionProblem, key: Any, number: int) -> Case:
         num_splits=problem.num_splits,
         return_lse=problem.return_lse,
     )
+
+
+def num_sms(key: Any) -> int:
+    """SMs of a card on which `key` answers its small call: some are for few CTAs an SM."""
+    return 132 if getattr(key.cfg, "max_load", math.inf) < math.inf else 3
 
 
 def cases(variant: str) -> dict[Any, Case]:

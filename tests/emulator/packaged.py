@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -35,11 +36,12 @@ from flash_attn4_cute.combine_plan import CombineKey
 from flash_attn4_cute.compiler import with_target
 from flash_attn4_cute.device import VARIANTS
 from flash_attn4_cute.launcher import entry
+from ptx_emulator.cli import ours
 from ptx_emulator.launch.host import bootstrap
 from tests import harness
 from tests.append_cases import Append
 from tests.cases import Case
-from tests.shipped_cases import cases
+from tests.shipped_cases import cases, num_sms
 from tests.test_merge import close
 
 from . import test_ours_append, test_ours_merge
@@ -104,7 +106,8 @@ class Package:
                 merge(self.fa4, key)
         else:
             call = harness.build(case, torch.device("cpu"))
-            with self.in_place(kernels), card(self.fa4, arch, 1):
+            sms = patch.object(ours, "NUM_SMS", num_sms(key))
+            with self.in_place(kernels), sms, card(self.fa4, arch, 1):
                 answer = harness.run(self.fa4, call)
             harness.judge(call, answer)
         assert name in self.taken, f"another kernel answered: {self.taken}"
