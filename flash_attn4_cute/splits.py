@@ -13,7 +13,7 @@ and the merge, and what it takes that CTAs end unevenly where nearly every SM ha
 It depends on shapes and maxima only, so a captured graph may replay at other lengths: each sequence
 divides its own blocks by the number of splits.
 
-Fitted to an H200 as sm_90a, 2026-11-29, 48 shapes of five kernels (tests/decode_times.py): what it
+Fitted to an H200 as sm_90a, 2026-11-29, 67 shapes of eight kernels (tests/decode_times.py): what it
 picks is at most 2.2 % slower than the best number of splits that was tried.
 """
 
