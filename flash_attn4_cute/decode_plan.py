@@ -131,7 +131,7 @@ def choose_config(p: AttentionProblem, card: Card) -> tuple[DecodeConfig, int]:
     if num_splits:
         pace = next(x for x in by_pace if fits(x, num_splits, tiles, card.num_sms))
     else:
-        blocks = -(-p.seqlen_k // configs[0].block_n)
+        blocks = -(-p.seqlen_k // next(iter(by_pace.values())).block_n)
         even = p.kv_layout is Layout.DENSE and not p.has_seqused_k
         pace, num_splits = choose_splits(tiles, blocks, card.num_sms, even, tuple(by_pace))
     return by_pace[pace], num_splits

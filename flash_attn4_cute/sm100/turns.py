@@ -14,10 +14,10 @@ from ..common.scheduler import TileScheduler, WorkTile
 from ..common.seqlen import SeqlenInfo
 from .order import tile_of_index
 from .rings import TileRings
-from .tiles import TILE_SLOTS
+from .tiles import TILE_SLOTS, TILE_WORDS
 
 # Words of a tile in shared memory; the number of the tile's block is NO_TILE behind the last tile.
-M_BLOCK, HEAD, BATCH, SPLIT, OFFSET_Q, OFFSET_K, SEQLEN_Q, SEQLEN_K, BATCH_K = range(9)
+M_BLOCK, HEAD, BATCH, SPLIT, OFFSET_Q, OFFSET_K, SEQLEN_Q, SEQLEN_K, BATCH_K = range(TILE_WORDS)
 NO_TILE = -1
 
 
