@@ -2,11 +2,13 @@
 
 usage: python benchmarks/benchmark_host.py [--device cuda] [--peers]
 
-Host time: a small problem issued many times without waiting for the device, several times in each
-of several processes. The best of all is what the path takes, since everything else on the host only
-adds; the median of the processes' medians is what one meets. The yardstick, PyTorch's zero_ of one
-element in the same processes, tells a slow or a noisy host from a slow path. First call: a fresh
-process each time, split into importing, loading the kernel, a shape's first call and its second.
+Host time: a small problem issued many times without waiting for the device, after a warm-up, in
+several processes of each implementation; in each process several times, in turn with the others, so
+that a host's better and worse moments meet all of them. The best of all is what the path takes,
+since everything else on the host only adds; the median is what one meets. The yardstick, PyTorch's
+zero_ of one element beside each measurement, tells a slow host or moment from a slow path. First
+call: a fresh process each time, split into importing, loading the kernel, a shape's first call and
+its second.
 """
 
 import argparse
@@ -25,7 +27,7 @@ if not __package__:  # run as a file: the same as python -m
 
 
 from .common import RESULTS, ROOT, Problem, build_kernel, table, write_json
-from .peers import OURS, start_servers
+from .peers import OURS, Server, start_servers
 
 SMALL = {
     "dense": Problem(1, 128, 32, 8, 128, causal=True),
@@ -61,7 +63,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--peers", action="store_true", help="PyTorch and upstream beside ours")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="in a round, of --count calls")
+    parser.add_argument("--rounds", type=int, default=5, help="in a process, all in turn")
     parser.add_argument("--processes", type=int, default=3, help="for each figure")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -74,12 +77,9 @@ def issue_times(options: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(options.processes):
         servers = start_servers(names, options.device)
         for row, problem in zip(rows, SMALL.values(), strict=True):
-            for server in servers:
-                answer = server.issue(problem, options.count, options.repeats)
-                if "error" in answer:
-                    raise SystemExit(f"{server.name}: {answer['error']}")
-                times = row["microseconds"].setdefault(server.name, {"processes": []})
-                times["processes"].append({what: _spread(us) for what, us in answer.items()})
+            for server, times in issue_in_turn(servers, problem, options).items():
+                found = row["microseconds"].setdefault(server, {"processes": []})
+                found["processes"].append({what: _spread(us) for what, us in times.items()})
         for server in servers:
             server.close()
     for row in rows:
@@ -91,6 +91,21 @@ def issue_times(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "median": median(one["median"] for one in found),
                 }
     return rows
+
+
+def issue_in_turn(
+    servers: list[Server], problem: Problem, options: argparse.Namespace
+) -> dict[str, dict[str, list[float]]]:
+    """Of each implementation, the figures of all rounds: {"us": [...], "yardstick_us": [...]}."""
+    found: dict[str, dict[str, list[float]]] = {server.name: {} for server in servers}
+    for _ in range(options.rounds):
+        for server in servers:
+            answer = server.issue(problem, options.count, options.repeats)
+            if "error" in answer:
+                raise SystemExit(f"{server.name}: {answer['error']}")
+            for what, us in answer.items():
+                found[server.name].setdefault(what, []).extend(us)
+    return found
 
 
 def _spread(times: list[float]) -> dict[str, float]:

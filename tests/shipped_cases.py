@@ -1,6 +1,7 @@
 """A small call for each precompiled attention kernel: one that this very kernel answers."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from flash_attn4_cute.build.shipped import SHIPPED
@@ -14,6 +15,7 @@ from flash_attn4_cute.sm100.pairing import SEEN_KEYS
 from .cases import Case
 
 SHORT = 130  # tokens that stand for a long prompt: more rows than the decode kernel takes
+MANY = 70  # times the sequences: more CTAs than an H200 has SMs
 PAIRED = 512  # the same where CTAs work in pairs: all rows of one
 LAYOUTS = {
     (Layout.DENSE, Layout.DENSE): "dense",
@@ -69,3 +71,26 @@ def cases(variant: str) -> dict[Any, Case]:
             key = with_target(plan_on(problem, Card(variant, capability, 132)).key)
             found.setdefault(key, small_case(problem, key, len(found)))
     return found
+
+
+def questions(key: Any, case: Case) -> list[Case]:
+    """Calls for a real card: as small as in the emulator, and as long as people ask.
+
+    Where a small call is one of few CTAs an SM, also of many sequences, which the kernel beside
+    `key` that is for many CTAs answers.
+    """
+    used = case.used_k
+    longer = replace(
+        case,
+        seqlens_k=tuple(8 * n for n in case.seqlens_k),
+        used_k=None if used is None else tuple(8 * n for n in used),
+    )
+    if num_sms(key) == 3:
+        return [case, longer]
+    many = replace(
+        case,
+        seqlens_q=MANY * case.seqlens_q,
+        seqlens_k=MANY * case.seqlens_k,
+        used_k=None if used is None else MANY * used,
+    )
+    return [case, longer, many]

@@ -5,25 +5,23 @@ compiled; without, the same kernels compiled from the sources.
 """
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 
 from . import harness
 from .conftest import GIVEN
-from .shipped_cases import cases
+from .shipped_cases import cases, questions
 
-CASES = list(cases("sm90a").values())  # kinds of calls, the same for each card
+CASES = cases("sm90a")  # kinds of calls, the same for each card
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_right(fa4, case, device):
-    """As small as in the emulator, and as long as people ask."""
-    longer = tuple(8 * n for n in case.seqlens_k)
-    used = None if case.used_k is None else tuple(8 * n for n in case.used_k)
-    for question in (case, replace(case, seqlens_k=longer, used_k=used)):
+@pytest.mark.parametrize(
+    ("key", "case"), CASES.items(), ids=[case.name.replace(" ", "-") for case in CASES.values()]
+)
+def test_right(fa4, key, case, device):
+    for question in questions(key, case):
         harness.verify(fa4, question, device)
 
 

@@ -17,7 +17,7 @@ from flash_attn4_cute.problem import (
 )
 
 from .. import harness
-from ..shipped_cases import cases, num_sms
+from ..shipped_cases import cases, num_sms, questions
 from .packaged import CARD_OF, Package, wanted
 
 # One of each kind, taking turns among the targets: the full set takes too long for each commit.
@@ -50,6 +50,13 @@ def test_every_kernel_has_a_call(variant):
     ]
     assert found == list(expected)
     assert {key.variant for key in expected} <= set(CARD_OF)
+
+
+def test_an_h200_is_asked_for_every_kernel():
+    card = Card("sm90a", (9, 0), 132)
+    expected = cases("sm90a")
+    found = {small_key(q, card) for key, case in expected.items() for q in questions(key, case)}
+    assert found >= set(expected)
 
 
 def small_key(case, card):
