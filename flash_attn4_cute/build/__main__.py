@@ -54,8 +54,17 @@ def _parser() -> argparse.ArgumentParser:
         help="take the kernels that an earlier --variants left in ROOT/.cache/package-variants",
     )
     parser.add_argument("--only", metavar="REGEX", default="", help="of these, keys that match")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", default=len(os.sched_getaffinity(0)),
+        help="processes that compile (default: a CPU each)",
+    )  # fmt: skip
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
 
 
 def _precompile(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
