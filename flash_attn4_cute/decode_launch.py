@@ -3,7 +3,7 @@
 from . import compiler
 from .arguments import SMALLEST_SCALE
 from .decode_arguments import DecodeArgs
-from .decode_plan import DecodeKey
+from .kernel_keys import DecodeKey
 from .launch import cache_views, canonical, score_args, workspace
 from .plan import Plan
 from .problem import AttentionProblem, AttentionTensors

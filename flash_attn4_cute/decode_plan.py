@@ -1,55 +1,14 @@
 """Which decode kernel answers a problem, and with how many splits."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from .decode_tiles import DecodeConfig, decode_rows
 from .device import Card
+from .kernel_keys import DecodeKey
 from .problem import AttentionProblem, Layout
-from .rules import PLAIN, ScoreRule
+from .rules import ScoreRule
 from .splits import MAX_SPLITS, choose_splits, fits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeKey:
-    """Everything that a compiled decode kernel depends on; with splits, its combine is in it.
-
-    Of the page size only `box_n`, what it has in common with 64 keys, is compiled in.
-    """
-
-    variant: str
-    dtype: torch.dtype
-    cfg: DecodeConfig
-    head_dim: int
-    head_dim_v: int
-    rule: Any
-    q_layout: Layout
-    kv_layout: Layout
-    box_n: int | None
-    is_split: bool
-    has_seqused_q: bool
-    has_seqused_k: bool
-    has_kv_batch_idx: bool
-    has_lse: bool
-    has_leftpad: bool = False
-    has_k_descale: bool = False
-    has_v_descale: bool = False
-    score: ScoreRule = PLAIN
-
-    @property
-    def family(self) -> str:
-        """The kernels' architecture family: mma.sync, which every card has."""
-        return "sm120"
-
-    def trace(self) -> tuple:
-        """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
-        from .decode_signature import trace_decode
-
-        return trace_decode(self)
-
 
 LONGEST_BOX = 64  # rows of a page that one TMA brings: all pages of 64 n keys share a kernel
 # On mma.sync: a head of the forward kernel takes one tile of 256 rows at least, however few tokens

@@ -6,7 +6,7 @@ from cutlass import Float32, Int32
 from .combine import CombineKernel
 from .combine_plan import CombineKey
 from .decode_arguments import CombineArgs, DecodeArgs
-from .decode_plan import DecodeKey
+from .kernel_keys import DecodeKey
 from .problem import Layout
 from .signature import NUMERIC, rows, score_args, values, vectors
 from .sm120.decode import DecodeSm120

@@ -10,8 +10,8 @@ from torch import Tensor
 from . import compiler
 from .arguments import SMALLEST_SCALE, UNBOUNDED, BlockArgs, ForwardArgs, ScoreArgs
 from .block_sparse import BlockSparse, tile_lists
-from .decode_plan import DecodeKey
-from .plan import ForwardKey, Plan, make_plan
+from .kernel_keys import DecodeKey, ForwardKey
+from .plan import Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
 

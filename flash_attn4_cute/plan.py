@@ -13,11 +13,12 @@ import torch
 from . import compiler
 from .arguments import UNBOUNDED
 from .checks import FP8
-from .decode_plan import DecodeKey, decode_plan, decodes, explain_decode
+from .decode_plan import decode_plan, decodes, explain_decode
 from .device import INSTRUCTIONS, Card, supported_card
+from .kernel_keys import DecodeKey, ForwardKey
 from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
-from .rules import PLAIN, BandRule, ScoreRule
+from .rules import BandRule, ScoreRule
 from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
 from .sm100.pairing import in_pairs
@@ -29,53 +30,6 @@ AUX_DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int16, torch.int32,
     torch.int64, torch.bool,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForwardKey:
-    """Everything that a compiled forward kernel depends on.
-
-    `merged_dim` is v's head dimension if keys are split, for the merge is compiled for it, else 0.
-    """
-
-    variant: str
-    dtype: torch.dtype
-    cfg: TileConfig | sm100_tiles.TileConfig
-    rule: BandRule
-    q_layout: Layout
-    kv_layout: Layout
-    has_seqused_q: bool
-    has_seqused_k: bool
-    has_lse: bool
-    has_kv_batch_idx: bool = False
-    has_leftpad: bool = False
-    has_k_descale: bool = False
-    has_v_descale: bool = False
-    score: ScoreRule = PLAIN
-    merged_dim: int = 0
-
-    @property
-    def has_fp8_kv(self) -> bool:
-        """Whether K and V are e4m3: then tensors have two of their values in an element."""
-        return isinstance(self.cfg, TileConfig) and self.cfg.kv_bytes == 1
-
-    @property
-    def counts_tiles(self) -> bool:
-        """Whether CTAs take tiles from a counter: where sequences differ, on a card whose can."""
-        uneven = self.q_layout is not Layout.DENSE or self.kv_layout is Layout.VARLEN
-        uneven = uneven or self.has_seqused_q or self.has_seqused_k
-        return uneven and self.cfg.counts_tiles
-
-    @property
-    def family(self) -> str:
-        """The kernels' architecture family: that of the tiles."""
-        return self.cfg.family
-
-    def trace(self) -> tuple:
-        """The kernel and stand-ins for its arguments; see compiler.KernelKey."""
-        from .signature import trace_forward
-
-        return trace_forward(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,8 +157,7 @@ def _max_ctas(p: AttentionProblem, key: ForwardKey, num_splits: int, num_sms: in
         blocks = -(-p.seqlen_q // cfg.block_tokens)
         tiles = p.batch * (p.num_heads // cfg.group) * blocks * num_splits
         return num_sms if tiles > num_sms else UNBOUNDED
-    even = p.q_layout is Layout.DENSE and not (p.has_seqused_q or p.has_seqused_k)
-    return num_sms if even and num_splits == 1 else UNBOUNDED
+    return UNBOUNDED if key.is_uneven or num_splits > 1 else num_sms
 
 
 def forward_rows(variant: str) -> tuple[Any, ...]:

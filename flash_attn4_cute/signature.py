@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, Uint32
 from .append_kv import AppendKv
 from .append_plan import AppendKey
 from .arguments import AppendArgs, BlockArgs, ForwardArgs, ScoreArgs
-from .plan import ForwardKey
+from .kernel_keys import ForwardKey
 from .problem import Layout
 from .rules import PLAIN, ScoreRule
 from .sm100.forward import ForwardSm100

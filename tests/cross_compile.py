@@ -20,9 +20,9 @@ if __name__ == "__main__":
 import torch
 
 from flash_attn4_cute.append_plan import AppendKey
-from flash_attn4_cute.decode_plan import DecodeKey
 from flash_attn4_cute.decode_tiles import decode_rows
-from flash_attn4_cute.plan import ForwardKey, forward_rows
+from flash_attn4_cute.kernel_keys import DecodeKey, ForwardKey
+from flash_attn4_cute.plan import forward_rows
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.rules import BandRule
 from flash_attn4_cute.sm100.tiles import PAIR_ROWS

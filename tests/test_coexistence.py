@@ -15,7 +15,7 @@ converter._convert_single_arg = patched
 
 import torch
 from flash_attn4_cute.compiler import compile_kernel
-from flash_attn4_cute.plan import ForwardKey
+from flash_attn4_cute.kernel_keys import ForwardKey
 from flash_attn4_cute.problem import Layout
 from flash_attn4_cute.rules import BandRule
 from flash_attn4_cute.tiles import FORWARD_ROWS

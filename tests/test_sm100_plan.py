@@ -1,5 +1,6 @@
 """Which kernel the plan picks on a B200, and what it adds to the row of the table."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -93,6 +94,17 @@ def test_tiles_from_a_counter(fa4, card, changes, counts, bounded):  # noqa: F81
     plan = card(B200).make_plan(gpu_problem(fa4, **{"num_splits": 1, **changes}))
     assert plan.key.counts_tiles == counts
     assert (plan.max_ctas == 132) == bounded, plan.max_ctas
+
+
+@pytest.mark.parametrize("packed", ["q_layout", "kv_layout"])
+def test_a_cta_for_each_tile_where_sequences_differ(fa4, card, packed):  # noqa: F811
+    """Of queries or of keys; without a counter, shares dealt at the start would be unequal."""
+    layout = fa4.flash_attn4_cute.problem.Layout
+    problem = gpu_problem(fa4, seqlen_q=16384)
+    plan = card((9, 0))
+    assert plan.make_plan(problem).max_ctas == 132
+    problem = dataclasses.replace(problem, **{packed: layout.VARLEN}, num_splits=1)
+    assert plan.make_plan(problem).max_ctas > 132
 
 
 def test_dropout_in_packed_tiles(fa4, card):  # noqa: F811

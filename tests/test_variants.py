@@ -1,5 +1,8 @@
 """The shipped set: which kernels it has, what they depend on, and that building repeats."""
 
+import dataclasses
+import enum
+import inspect
 import json
 import subprocess
 import sys
@@ -12,11 +15,10 @@ from flash_attn4_cute.append_plan import AppendKey
 from flash_attn4_cute.build import cubin, shipped, sources
 from flash_attn4_cute.combine_plan import CombineKey
 from flash_attn4_cute.compiler import with_target
-from flash_attn4_cute.decode_plan import DecodeKey
 from flash_attn4_cute.device import TARGETS, VARIANTS, Card
+from flash_attn4_cute.kernel_keys import DecodeKey, ForwardKey
 from flash_attn4_cute.launcher import entry
 from flash_attn4_cute.launcher.integers import operation
-from flash_attn4_cute.plan import ForwardKey
 
 from .conftest import ROOT
 
@@ -138,6 +140,48 @@ def test_what_is_traced_is_among_the_sources():
     }
     covered = {path for key in shipped.all_keys() for path in sources.sources_of(key)}
     assert devices <= covered, sorted(devices - covered)
+
+
+def test_what_defines_a_key_is_among_the_sources():
+    """Tracing reads properties of keys too, which decide what is traced but not the key's text."""
+    kinds = {type(key).__name__ + key.family: key for key in shipped.all_keys()}
+    for name, key in kinds.items():
+        covered = {str(path) for path in sources.sources_of(key)}
+        for part in parts_of(key):
+            kind = type(part)
+            if issubclass(kind, enum.Enum):  # names alone, which the key's text has
+                own = set(vars(kind)) - set(vars(enum.Enum("Plain", [*kind.__members__])))
+                assert not own, f"{kind} has {own} beside its members"
+            else:
+                assert inspect.getfile(kind) in covered, f"{kind} is not digested for {name}"
+                outside = files_run_by_properties(part) - covered
+                assert not outside, f"properties of {kind} call into {outside}"
+
+
+def files_run_by_properties(value) -> set[str]:
+    """Files of the package in which something runs when the properties of `value` are read."""
+    found = set()
+
+    def note(frame, event, argument):
+        if event == "call":
+            found.add(frame.f_code.co_filename)
+
+    names = [name for name, x in vars(type(value)).items() if isinstance(x, property)]
+    sys.setprofile(note)
+    try:
+        for name in names:
+            getattr(value, name)
+    finally:
+        sys.setprofile(None)
+    return {path for path in found if path.startswith(str(sources.PACKAGE))}
+
+
+def parts_of(value):
+    """Of a key, all that is defined in this package."""
+    if type(value).__module__.startswith("flash_attn4_cute"):
+        yield value
+    for f in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+        yield from parts_of(getattr(value, f.name))
 
 
 def test_targets_are_those_of_every_family():

@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Read whatever is compiled. Of these the text counts, not what they import: they choose among
 # kernels, and what they choose by is in the key.
 COMMON = ("compiler.py", "signature.py", "launcher/translate.py")
-# Classes of keys: what tracing reads of one is in the key. Their modules import the host's code.
-KEYS = ("append_plan.py",)
+# What defines keys and their parts. Tracing reads their properties too, so the text counts, and it
+# alone: these modules import the host's code.
+KEYS = ("append_plan.py", "combine_plan.py", "kernel_keys.py", "rules.py")
+ATTENTION = (*COMMON, "kernel_keys.py", "rules.py")
 
 
 def sources_of(key: Any) -> list[Path]:
@@ -22,10 +24,10 @@ def sources_of(key: Any) -> list[Path]:
     if kernel == "AppendKey":
         return list(_closure("append_kv.py", COMMON))
     if kernel == "CombineKey":
-        return list(_closure("combine.py", (*COMMON, "decode_signature.py")))
+        return list(_closure("combine.py", (*COMMON, "combine_plan.py", "decode_signature.py")))
     if kernel == "DecodeKey":
-        return list(_closure(f"{key.family}/decode.py", (*COMMON, "decode_signature.py")))
-    return list(_closure(f"{key.family}/forward.py", COMMON))
+        return list(_closure(f"{key.family}/decode.py", (*ATTENTION, "decode_signature.py")))
+    return list(_closure(f"{key.family}/forward.py", ATTENTION))
 
 
 @functools.cache

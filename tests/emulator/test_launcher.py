@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from flash_attn4_cute.decode_plan import DecodeKey
+from flash_attn4_cute.kernel_keys import DecodeKey
 from flash_attn4_cute.launcher import driver as drivers
 from flash_attn4_cute.launcher.kernel import Kernel
 from flash_attn4_cute.launcher.translate import translate

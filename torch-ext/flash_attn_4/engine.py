@@ -231,7 +231,8 @@ def _planned(problem: AttentionProblem) -> tuple[int, bool | None]:
     """num_splits and pack_gqa that ask for what the plan for this device chooses."""
     if problem.num_splits or problem.device.type != "cuda":
         return max(1, problem.num_splits), problem.pack_gqa
-    from .flash_attn4_cute.plan import DecodeKey, make_plan
+    from .flash_attn4_cute.kernel_keys import DecodeKey
+    from .flash_attn4_cute.plan import make_plan
 
     plan = make_plan(problem)
     return plan.num_splits, isinstance(plan.key, DecodeKey) or problem.pack_gqa
