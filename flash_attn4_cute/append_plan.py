@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,15 +83,21 @@ def append_key(update: CacheUpdate, tensors: AttentionTensors) -> AppendKey:
     )
 
 
-def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -> tuple:
+def append(
+    update: CacheUpdate,
+    tensors: AttentionTensors,
+    rotate_along: bool,
+    ready: tuple[AppendKey, Any] | None = None,
+) -> tuple:
     """Write the new tokens into tensors.k and tensors.v, then make `tensors` ask about the result.
 
     Sets tensors.seqused_k to a new tensor of the lengths after the update and, with rotary tables,
     tensors.q to the rotated queries: at cache_seqlens + i if `rotate_along`, else all at
     cache_seqlens. Everything happens on the device's current stream, without waiting for it.
-    Returns the kernel, its arguments and what it returned.
+    `ready` is the key of the call's kernel and the kernel, if they are known. Returns the kernel,
+    its arguments and what it returned.
     """
-    key = append_key(update, tensors)
+    key, kernel = ready or (append_key(update, tensors), None)
     q, k, table = tensors.q, tensors.k, tensors.page_table
     rotates = update.rotary_cos is not None
     rotated = q.new_empty(q.shape) if rotates else None
@@ -115,7 +122,7 @@ def append(update: CacheUpdate, tensors: AttentionTensors, rotate_along: bool) -
         query_step=int(rotate_along),
         capacity=k.shape[1] if table is None else table.shape[1] * k.shape[1],
     )
-    kernel = compiler.compiled(key)
+    kernel = kernel or compiler.compiled(key)
     launched = kernel, args, kernel(args)
     tensors.seqused_k = lengths
     if rotated is not None:

@@ -7,6 +7,8 @@ import os
 import threading
 from typing import Any, Protocol
 
+import torch
+
 from . import disk_cache, packaged
 from .device import TARGETS
 from .launcher.kernel import Kernel
@@ -68,6 +70,18 @@ def compiled(key: KernelKey) -> Kernel:
     key = with_target(key)
     with _lock:
         return packaged.load(key) or disk_cache.load(key) or _compiled_now(key)
+
+
+def loaded(key: Any, device: torch.device) -> Kernel:
+    """`compiled`, with the machine code on `device`: what can fail before a launch has not failed.
+
+    Raises:
+        What `compiled` raises; RuntimeError if the driver does not take the machine code.
+    """
+    kernel = compiled(key)
+    if isinstance(kernel, Kernel):  # and not an emulator's
+        kernel.load(device.index or 0)
+    return kernel
 
 
 def _compiled_now(key: KernelKey) -> Kernel:

@@ -1,6 +1,5 @@
-"""Launches the decode kernel on the tensors of one call."""
+"""The arguments of the decode kernel for the tensors of one call."""
 
-from . import compiler
 from .arguments import SMALLEST_SCALE
 from .decode_arguments import DecodeArgs
 from .kernel_keys import DecodeKey
@@ -10,15 +9,12 @@ from .problem import AttentionProblem, AttentionTensors
 from .rules import PLAIN
 
 
-def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple:
-    """Write `tensors.out` and `tensors.lse` by the decode kernel that `plan` names.
-
-    Returns the kernel, its arguments and what it returned.
-    """
+def decode_args(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> DecodeArgs:
+    """What makes the decode kernel that `plan` names write `tensors.out` and `tensors.lse`."""
     key, out = plan.key, tensors.out
     assert isinstance(key, DecodeKey) and out is not None
     k, v = cache_views(problem, tensors)
-    args = DecodeArgs(
+    return DecodeArgs(
         canonical(tensors.q),
         k,
         v,
@@ -41,5 +37,3 @@ def decode(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> 
         plan.num_splits,
         None if key.score == PLAIN else score_args(problem, tensors),
     )
-    kernel = compiler.compiled(key)
-    return kernel, args, kernel(args)

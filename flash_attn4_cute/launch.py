@@ -3,60 +3,89 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import compiler
+from .append_plan import AppendKey, append_key
 from .arguments import SMALLEST_SCALE, UNBOUNDED, BlockArgs, ForwardArgs, ScoreArgs
 from .block_sparse import BlockSparse, tile_lists
+from .cache_update import CacheUpdate
+from .compiler import loaded
 from .kernel_keys import DecodeKey, ForwardKey
+from .launcher.kernel import Kernel
 from .plan import Plan, make_plan
 from .problem import AttentionProblem, AttentionTensors
+from .results import clear, has_work
 from .rules import PLAIN
 
 
-def check(problem: AttentionProblem, tensors: AttentionTensors) -> Plan:
-    """The plan of a call that can be launched; `tensors.out` may still be missing.
+class Prepared(NamedTuple):
+    """All that a call needs before its first launch, so that nothing is written before a refusal.
+
+    `attention` is its kernel, None where there is nothing to compute; `append` what writes new keys
+    and values before, if there are any.
+    """
+
+    plan: Plan
+    attention: Kernel | None
+    append: tuple[AppendKey, Kernel] | None = None
+
+
+def prepare(
+    problem: AttentionProblem, tensors: AttentionTensors, update: CacheUpdate | None = None
+) -> Prepared:
+    """The plan of a call and its kernels, compiled and loaded; `tensors.out` may still be missing.
 
     Raises:
         NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
+        ImportError: a kernel has to be compiled and nvidia-cutlass-dsl is not installed.
+        RuntimeError: a kernel has to be compiled and FLASH_ATTN_4_JIT=0 forbids it.
     """
-    return make_plan(problem)
+    plan, device = make_plan(problem), tensors.q.device
+    attention = loaded(plan.key, device) if has_work(problem, tensors) else None
+    if update is None:
+        return Prepared(plan, attention)
+    key = append_key(update, tensors)
+    return Prepared(plan, attention, (key, loaded(key, device)))
 
 
-def forward(problem: AttentionProblem, tensors: AttentionTensors) -> tuple | None:
+def forward(
+    problem: AttentionProblem, tensors: AttentionTensors, prepared: Prepared | None = None
+) -> tuple | None:
     """Write `tensors.out` and, if present, `tensors.lse`, on the current stream of the device.
 
     Returns the kernel, the arguments that it was called with and what it returned, if it was.
 
     Raises:
-        NotImplementedError: the GPU kernels do not have a feature that the problem asks for.
-        ImportError: the kernel has to be compiled and nvidia-cutlass-dsl is not installed.
+        What `prepare` raises, unless its answer is given.
     """
-    plan = check(problem, tensors)
+    plan, kernel, _ = prepare(problem, tensors) if prepared is None else prepared
     out = tensors.out
     assert out is not None, "the interface allocates the output"
-    if out.numel() == 0:
+    if kernel is None:
+        clear(problem, tensors)
         return None
     if problem.misfits:
         tensors = _copied(problem, tensors)
     if isinstance(plan.key, DecodeKey):
-        from .decode_launch import decode
+        from .decode_launch import decode_args
 
-        launched = decode(problem, tensors, plan)
+        args: Any = decode_args(problem, tensors, plan)
     else:
-        launched = _prefill(problem, tensors, plan)
+        args = _prefill_args(problem, tensors, plan)
+    launched = kernel, args, kernel(args)
     if tensors.out is not None and tensors.out is not out:
         out.copy_(tensors.out)
     return launched
 
 
-def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> tuple:
+def _prefill_args(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -> ForwardArgs:
     key, out = plan.key, tensors.out
     assert isinstance(key, ForwardKey) and out is not None
     k, v = cache_views(problem, tensors)
-    args = ForwardArgs(
+    return ForwardArgs(
         canonical(tensors.q),
         k,
         v,
@@ -82,8 +111,6 @@ def _prefill(problem: AttentionProblem, tensors: AttentionTensors, plan: Plan) -
         None if key.score == PLAIN else score_args(problem, tensors),
         None if tensors.blocks is None else _block_args(problem, tensors.blocks, key),
     )
-    kernel = compiler.compiled(key)
-    return kernel, args, kernel(args)
 
 
 def cache_views(problem: AttentionProblem, tensors: AttentionTensors) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ from torch.compiler import is_dynamo_compiling
 from .launcher import driver as drivers
 from .launcher.kernel import Kernel, ReadyCall, apart
 from .likeness import Likeness
-from .problem import OTHERS, AttentionProblem, AttentionTensors, Layout
+from .problem import OTHERS, AttentionProblem
+from .results import is_sparse
 from .splits import planned_length
 
 Others = tuple[Any, ...] | None  # of tensors and None
@@ -157,7 +158,7 @@ class Repeat:
         if is_sparse(problem):
             if not results[0]:
                 self.fills.append((names.index("out"), out.nbytes // 4, 0))
-            if lse is not None:
+            if lse is not None and not results[1]:
                 self.fills.append((names.index("lse"), lse.numel(), _MINUS_INF))
         if getattr(arguments, "reads_counter", False):
             scratch, begin = len(names), begins["mTileCounter"]
@@ -205,9 +206,6 @@ class Repeat:
                 return None
             if not _is_aligned(found[1]):
                 return None
-        lse = launched[-1][1].mLSE
-        if lse is not None and not lse.is_contiguous() and is_sparse(problem):
-            return None
         return Repeat(problem, launched, results)
 
     def again(
@@ -283,24 +281,6 @@ def _is_aligned(arguments: Any) -> bool:
     """Whether what of a kernel's arguments `_ALIGNED` names lies at multiples of 16 bytes."""
     named = (getattr(arguments, name, None) for name in _SOURCES if _SOURCES[name] in _ALIGNED)
     return not any(t.data_ptr() & 15 for t in named if t is not None)
-
-
-def is_sparse(problem: AttentionProblem) -> bool:
-    """Whether rows of the results may belong to no sequence: no kernel writes them."""
-    return problem.has_seqused_q or problem.q_layout is Layout.VARLEN
-
-
-def allocate(problem: AttentionProblem, tensors: AttentionTensors) -> None:
-    """Give `tensors` the results that the caller did not."""
-    q = tensors.q
-    sparse = is_sparse(problem)
-    if tensors.out is None:
-        shape = problem.out_shape(q)
-        tensors.out = q.new_zeros(shape) if sparse else q.new_empty(shape)
-    if tensors.lse is None and problem.return_lse:
-        tensors.lse = q.new_empty(problem.lse_shape(q), dtype=torch.float32)
-    if sparse and tensors.lse is not None:
-        tensors.lse.fill_(-torch.inf)
 
 
 def _name(arguments: Any, path: tuple[int, ...]) -> str:

@@ -201,6 +201,11 @@ class Kernel:
             ready = self._ready[key] = ReadyCall(self, driver, device, inputs)
         return ready
 
+    def load(self, device: int) -> None:
+        """Load the machine code for `device` now, and not at the first launch there."""
+        for launch in self.program.launches:
+            self.handle(launch.kernel, device)
+
     def _device(self, arguments: tuple) -> int:
         found: Any = arguments
         for index in self.pointer_inputs[0].path:

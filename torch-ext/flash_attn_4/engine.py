@@ -65,7 +65,8 @@ def _flash_attn_fwd(
         min_seqlen_k: lower bound of the key lengths; a hint that changes no result.
         window_size_left, window_size_right: as window_size; None, -1 or less: no limit, since
             vLLM and SGLang pass either.
-        out, lse: where to write the results; None allocates them.
+        out, lse: where to write the results; None allocates them. Rows of given ones that belong to
+            no sequence, as where a CUDA graph's tokens are padded, are left as they are.
         k_descale, v_descale: as in flash_attn_varlen_func; q stays in half precision.
         unsupported: any other argument of upstream's signature (qv, q_descale, ...); must be None
             or False.

@@ -23,7 +23,8 @@ from .flash_attn4_cute.problem import (
     numbered,
     others_of,
 )
-from .flash_attn4_cute.repeat import Others, Repeat, allocate, key_of
+from .flash_attn4_cute.repeat import Others, Repeat, key_of
+from .flash_attn4_cute.results import allocate
 from .flash_attn4_cute.values import check_values
 
 
@@ -38,21 +39,30 @@ def attend(
     With an `update`, first write its keys and values into the cache, then attend to all of it.
     Everything is checked before anything is written. What was launched is remembered under `key`.
     """
-    problem = AttentionProblem.from_tensors(tensors, options)
-    if update is not None:
-        check_cache_update(update, tensors)
-        _check_no_gradient(problem)
+    problem = checked(tensors, options, update)
     variant = _variant(problem)
-    variant.check(problem, tensors)
+    prepared = variant.prepare(problem, tensors, update)
     launched, results = [], (tensors.out is not None, tensors.lse is not None)
+    allocate(problem, tensors)
     if update is not None:
         along = not isinstance(band_of(problem.mask), Full)
-        launched.append(variant.append(update, tensors, along))
-    launched.append(_run(problem, tensors, variant.forward))
+        launched.append(variant.append(update, tensors, along, prepared))
+    launched.append(variant.forward(problem, tensors, prepared))
     if key is not None:
         _remember(key, Repeat.of(problem, launched, results))
     assert tensors.out is not None
     return tensors.out, tensors.lse
+
+
+def checked(
+    tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None
+) -> AttentionProblem:
+    """The problem that a call poses, if its arguments agree."""
+    problem = AttentionProblem.from_tensors(tensors, options)
+    if update is not None:
+        check_cache_update(update, tensors)
+        _check_no_gradient(problem)
+    return problem
 
 
 class Repeats(dict[tuple, Repeat]):
@@ -142,23 +152,25 @@ def merge(
     return combine_plan.merge(outs, lses, out, lse)
 
 
-_Forward = Callable[[AttentionProblem, AttentionTensors], tuple | None]
-
-
 @dataclass(frozen=True, slots=True)
 class _Variant:
     """What carries out a call on one kind of device.
 
-    `check` refuses what `forward` cannot do, before anything is written. `append` carries out an
-    update and makes the tensors ask about the result.
+    `prepare` refuses what the others cannot do, and finds all that they need, before anything is
+    written; they get its answer. `append` carries out an update and makes the tensors ask about the
+    result. `forward` writes tensors.out and tensors.lse. Both return what was launched, if any was.
     """
 
-    check: Callable[[AttentionProblem, AttentionTensors], object]
-    append: Callable[[CacheUpdate, AttentionTensors, bool], Any]
-    forward: _Forward
+    prepare: Callable[[AttentionProblem, AttentionTensors, CacheUpdate | None], Any]
+    append: Callable[[CacheUpdate, AttentionTensors, bool, Any], Any]
+    forward: Callable[[AttentionProblem, AttentionTensors, Any], tuple | None]
 
 
-_CPU = _Variant(check_values, cpu.append_kv, cpu.forward)
+_CPU = _Variant(
+    lambda problem, tensors, update: check_values(problem, tensors),
+    lambda update, tensors, along, _: cpu.append_kv(update, tensors, along),
+    lambda problem, tensors, _: cpu.forward(problem, tensors),
+)
 
 
 def _variant(problem: AttentionProblem) -> _Variant:
@@ -173,22 +185,6 @@ def _variant(problem: AttentionProblem) -> _Variant:
             "Move q, k and v to one of them",
         )
     return _cuda()
-
-
-def _run(
-    problem: AttentionProblem,
-    tensors: AttentionTensors,
-    forward: _Forward,
-) -> tuple | None:
-    """Write the results, and return what was launched, if anything."""
-    allocate(problem, tensors)
-    assert tensors.out is not None
-    if problem.batch == 0 or problem.seqlen_k == 0 or tensors.q.numel() == 0:
-        tensors.out.zero_()
-        if tensors.lse is not None:
-            tensors.lse.fill_(-torch.inf)
-        return None
-    return forward(problem, tensors)
 
 
 def _check_no_gradient(problem: AttentionProblem) -> None:
@@ -207,7 +203,13 @@ def _cuda() -> _Variant:
     """The launchers; importing them needs no cutlass, the first launch does."""
     from .flash_attn4_cute import append_plan, launch
 
-    return _Variant(launch.check, append_plan.append, launch.forward)
+    return _Variant(
+        launch.prepare,
+        lambda update, tensors, along, prepared: append_plan.append(
+            update, tensors, along, prepared.append
+        ),
+        launch.forward,
+    )
 
 
 if torch.version.cuda is not None:

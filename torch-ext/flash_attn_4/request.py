@@ -25,6 +25,7 @@ from .flash_attn4_cute.problem import (
     make_mask_rule,
 )
 from .flash_attn4_cute.repeat import Others, key_of, kind_of
+from .flash_attn4_cute.results import new_lse, new_out
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -199,12 +200,13 @@ def _through_operator(
     if update is None and tensors.out is None and tensors.lse is None:
         out, lse = ops.forward(*call)
         return out, lse if options.return_lse else None
-    q = tensors.q
+    q, out, lse = tensors.q, tensors.out, tensors.lse
     out_shape, lse_shape = ops.result_shapes(call)
-    out = q.new_empty(out_shape) if tensors.out is None else tensors.out
-    lse = tensors.lse
+    sparse = tensors.cu_seqlens_q is not None or tensors.seqused_q is not None
+    if out is None:
+        out = new_out(q, out_shape, sparse)
     if lse is None and options.return_lse:
-        lse = q.new_empty(lse_shape, dtype=torch.float32)
+        lse = new_lse(q, lse_shape, sparse)
     if update is None:
         ops.forward_out(out, lse, *call)
     else:

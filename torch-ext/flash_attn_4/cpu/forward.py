@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..flash_attn4_cute.problem import AttentionProblem, AttentionTensors
+from ..flash_attn4_cute.results import clear
 from ..merge import combine
 from .dropout import Dropout, make_dropout
 from .groups import Group, make_groups
@@ -26,13 +27,11 @@ _TILE_KEYS = 512
 def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     """Write tensors.out and, unless it is None, tensors.lse.
 
-    Rows outside every sequence, and rows that see no key, get out = 0 and lse = -inf.
+    Rows that see no key get out = 0 and lse = -inf; rows outside every sequence are not written.
     """
     q, out, lse = tensors.q, tensors.out, tensors.lse
     assert out is not None
-    out.zero_()
-    if lse is not None:
-        lse.fill_(-torch.inf)
+    clear(problem, tensors)
     rule = ScoreRule.of(problem, tensors)
     dropout = make_dropout(problem.dropout_p, tensors.dropout_state, problem.num_heads)
     for group in make_groups(problem, tensors):

@@ -1,0 +1,208 @@
+"""What a call does beside computing: what it writes and when, and what it takes for an argument.
+
+Without a GPU, calls are planned for an H200 as benchmarks/benchmark_calls.py does, and kernels that
+note that they were launched take the place of compiled ones.
+"""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.benchmark_calls import no_driver
+
+from .cases import BF16
+
+SENTINEL = 7.0
+
+
+def module(fa4, name):
+    return importlib.import_module(f"{fa4.__name__}.{name}")
+
+
+def int32(*values, device="cpu"):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def normal(*shape, dtype=BF16):
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.fixture
+def launches(fa4, monkeypatch):
+    """What calls on CPU tensors launch on an H200: the keys of the kernels, in order."""
+    found = []
+    compiler = module(fa4, "flash_attn4_cute.compiler")
+    monkeypatch.setattr(compiler, "compiled", lambda key: lambda arguments: found.append(key))
+    make_plan = module(fa4, "flash_attn4_cute.plan").make_plan
+    make_plan.cache_clear()
+    with torch.no_grad(), no_driver(fa4):
+        yield found
+    make_plan.cache_clear()
+
+
+@pytest.fixture
+def short_way(fa4, monkeypatch):
+    """Calls on CPU tensors go to an H200 by a compiled kernel, and are remembered."""
+    drivers, execute = module(fa4, "flash_attn4_cute.launcher.driver"), module(fa4, "execute")
+    found = SimpleNamespace(filled=[], repeats=execute.repeats)
+    monkeypatch.setattr(drivers.Driver, "fill", lambda self, *fill: found.filled.append(fill))
+    module(fa4, "flash_attn4_cute.plan").make_plan.cache_clear()
+    execute.repeats.clear()
+    with torch.no_grad(), no_driver(fa4):
+        yield found
+    execute.repeats.clear()
+    module(fa4, "flash_attn4_cute.plan").make_plan.cache_clear()
+
+
+def packed(**options):
+    """Arguments of _flash_attn_fwd with two sequences, and three rows that belong to none."""
+    q, kv, starts = normal(9, 4, 64), normal(9, 2, 64), int32(0, 4, 6)
+    given = {"q": q, "k": kv, "v": kv, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return given | {"max_seqlen_q": 4, "max_seqlen_k": 4, "num_splits": 1, **options}
+
+
+def names(keys):
+    return [type(key).__name__ for key in keys]
+
+
+def cached(**options):
+    """Arguments of flash_attn_with_kvcache that append a token to each of 2 sequences."""
+    q, new, cache = normal(2, 1, 8, 64), (2, 1, 2, 64), (2, 32, 2, 64)
+    given = {"k_cache": torch.full(cache, SENTINEL).to(BF16), "v_cache": normal(*cache)}
+    given |= {"k": normal(*new), "v": normal(*new), "cache_seqlens": int32(3, 9)}
+    return {"q": q, **given, "causal": True, **options}
+
+
+# --- Nothing is written before a refusal ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["AppendKey", "DecodeKey"])
+def test_no_kernel_runs_unless_all_are_there(fa4, launches, monkeypatch, missing):
+    """FLASH_ATTN_4_JIT=0, say: the cache is as it was when the kernel that reads it is missing."""
+    fa4.flash_attn_with_kvcache(**cached())
+    assert names(launches) == ["AppendKey", "DecodeKey"]
+    compiler = module(fa4, "flash_attn4_cute.compiler")
+    have = compiler.compiled
+
+    def compiled(key):
+        if type(key).__name__ == missing:
+            raise RuntimeError("FLASH_ATTN_4_JIT=0")
+        return have(key)
+
+    launches.clear()
+    monkeypatch.setattr(compiler, "compiled", compiled)
+    with pytest.raises(RuntimeError, match="JIT=0"):
+        fa4.flash_attn_with_kvcache(**cached())
+    assert not launches
+
+
+def test_results_are_not_touched_unless_the_kernel_is_there(fa4, launches, monkeypatch):
+    """Nor are memory and -inf written to the LSE that a caller gives."""
+    compiler = module(fa4, "flash_attn4_cute.compiler")
+    loading = []
+
+    class Broken(module(fa4, "flash_attn4_cute.launcher.kernel").Kernel):
+        def __init__(self):
+            pass
+
+        def load(self, device):
+            loading.append(device)
+            raise RuntimeError("no room for machine code")
+
+    monkeypatch.setattr(compiler, "compiled", lambda key: Broken())
+    q, starts = normal(8, 4, 64), int32(0, 6)
+    out, lse = torch.full_like(q, SENTINEL), torch.full((4, 8), SENTINEL)
+    given = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "out": out, "lse": lse}
+    with pytest.raises(RuntimeError, match="no room"):
+        fa4._flash_attn_fwd(q, q, q, **given)
+    assert loading == [0]
+    assert (out == SENTINEL).all() and (lse == SENTINEL).all()
+
+
+def test_a_merge_is_refused_before_out_is_written(fa4, launches, monkeypatch):
+    """More parts than one launch merges are merged in groups first: into memory of our own."""
+    written, parts = [], 300
+    compiler = module(fa4, "flash_attn4_cute.compiler")
+
+    def compiled(key):
+        if key.out_dtype == BF16:
+            raise RuntimeError("FLASH_ATTN_4_JIT=0")
+        return lambda arguments: written.append(arguments.mO.data_ptr())
+
+    monkeypatch.setattr(compiler, "compiled", compiled)
+    out = torch.full((1, 2, 4, 64), SENTINEL).to(BF16)
+    with pytest.raises(RuntimeError, match="JIT=0"):
+        fa4.flash_attn_combine(normal(parts, *out.shape), torch.zeros(parts, 1, 4, 2), out=out)
+    assert (out == SENTINEL).all() and out.data_ptr() not in written
+
+
+# --- Rows that belong to no sequence --------------------------------------------------------------
+
+
+def sparse(device, keys: int):
+    """Arguments, and which rows belong to a sequence: of packed queries, and of dense ones."""
+    q, kv = normal(9, 4, 64).to(device), normal(keys, 2, 64).to(device)
+    starts, ends = int32(0, 4, 6, device=device), int32(0, keys // 2, keys, device=device)
+    used, rows = int32(3, 2, device=device), torch.arange(9, device=device)
+    packed = {"q": q, "k": kv, "v": kv, "cu_seqlens_q": starts, "cu_seqlens_k": ends}
+    dense = {"q": q[:8].view(2, 4, 4, 64), "k": kv[None].expand(2, -1, -1, -1)}
+    return {
+        "packed": (packed, rows < 6),
+        "packed, used": (packed | {"seqused_q": used}, (rows < 3) | (rows == 4) | (rows == 5)),
+        "dense, used": (
+            dense | {"v": dense["k"], "seqused_q": used},
+            rows[:4] < used[:, None],
+        ),
+    }
+
+
+@pytest.mark.parametrize("keys", [8, 0])
+@pytest.mark.parametrize("name", ["packed", "packed, used", "dense, used"])
+def test_rows_of_no_sequence(fa4, device, name, keys):
+    """0 and -inf where results are made here; what is given keeps them, on every device."""
+    arguments, inside = sparse(device, keys)[name]
+    for _ in range(2):  # the second call goes the short way
+        out, lse = fa4._flash_attn_fwd(**arguments, return_lse=True)
+        lse = lse.transpose(-1, -2)
+        assert (out[~inside] == 0).all() and (lse[~inside] == -torch.inf).all()
+        given, given_lse = torch.full_like(out, SENTINEL), torch.full_like(lse, SENTINEL)
+        given_lse = given_lse.transpose(-1, -2).contiguous()
+        fa4._flash_attn_fwd(**arguments, out=given, lse=given_lse)
+        assert torch.equal(given[inside], out[inside])
+        assert torch.equal(given_lse.transpose(-1, -2)[inside], lse[inside])
+        assert (given[~inside] == SENTINEL).all()
+        assert (given_lse.transpose(-1, -2)[~inside] == SENTINEL).all()
+
+
+def test_fills_of_a_repeated_call(fa4, short_way):
+    """The short way fills what it allocates and nothing else."""
+    arguments, filled = packed(), short_way.filled
+    out, lse = torch.empty_like(arguments["q"]), torch.empty(4, 9)
+    for given, count in (({"out": out, "lse": lse}, 0), ({"lse": lse}, 1), ({"out": out}, 1)):
+        for _ in range(2):
+            filled.clear()
+            found = fa4._flash_attn_fwd(**arguments, **given, return_lse=True)
+        assert len(filled) == count and len(short_way.repeats) == 1
+        addresses = {x.data_ptr() for x in given.values()}
+        assert not addresses & {address for address, *_ in filled}
+        assert all(x.data_ptr() in addresses | {filled[0][0]} for x in found if filled)
+        short_way.repeats.clear()
+
+
+def test_compiled_calls_have_no_garbage_there(fa4):
+    """Where torch.compile sees results be given to an operator, those made for it are cleared."""
+    torch._dynamo.reset()
+    call, arguments = fa4._flash_attn_fwd, sparse(torch.device("cpu"), 8)["packed"][0]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    given = torch.full((4, 9), SENTINEL)
+    torch.use_deterministic_algorithms(True)  # new memory is NaN then
+    try:
+        with torch.no_grad():
+            out, lse = compiled(**arguments, lse=given)
+            _, made = compiled(**arguments, out=torch.empty_like(out), return_lse=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (out[6:] == 0).all() and (lse[:, 6:] == SENTINEL).all()
+    assert (made[:, 6:] == -torch.inf).all()
