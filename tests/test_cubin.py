@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flash_attn4_cute import plan
+from flash_attn4_cute.build import cubin
 from flash_attn4_cute.device import FAMILIES
 
 from . import cross_compile
@@ -32,11 +33,15 @@ MAX_REGISTERS = 255
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel: its key, PTX, machine code (mma.sync), and what cuobjdump says of its cubin."""
+    """One kernel: its key, PTX, machine code (mma.sync), and what cuobjdump says of its cubin.
+
+    `spilled` is what the index of a package says of it: bytes of spill stores and loads.
+    """
 
     key: object
     ptx: str
     code: str
+    spilled: tuple[int, int]
     registers: int
     stack: int
     local: int
@@ -53,6 +58,12 @@ def resources(cubin: Path) -> dict[str, int]:
     for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", "\n".join(lines)):
         found[name] = max(found.get(name, 0), int(n))
     return found
+
+
+def spilled(path: Path) -> tuple[int, int]:
+    """Bytes of spill stores and loads of the kernels in a cubin, as the build counts them."""
+    used = cubin.resources(path.read_bytes()).values()
+    return sum(k.spill_stores for k in used), sum(k.spill_loads for k in used)
 
 
 @pytest.fixture(scope="session", params=cross_compile.VARIANTS)
@@ -76,6 +87,7 @@ def compiled(request, tmp_path_factory) -> dict[str, Compiled]:
             key,
             (directory / f"{name}.ptx").read_text(),
             disassemble(directory / f"{name}.cubin") if key.family == "sm120" else "",
+            spilled(directory / f"{name}.cubin"),
             *(used[field] for field in ("REG", "STACK", "LOCAL", "SHARED")),
         )
     return kernels
@@ -106,6 +118,20 @@ def test_nothing_is_spilled_beyond_what_the_row_states(compiled):
         if kernel.stack + kernel.local > kernel.key.cfg.stack_bytes
     }
     assert found == {}
+
+
+def test_spills_are_those_of_the_listing(compiled):
+    """What a package's index says of them is counted in the code; nvdisasm reads that too."""
+    for name, kernel in compiled.items():
+        assert kernel.stack or not any(kernel.spilled), name
+        if kernel.key.family == "sm120":
+            assert (moved("STL", kernel.code), moved("LDL", kernel.code)) == kernel.spilled, name
+
+
+def moved(operation: str, listing: str) -> int:
+    """Bytes that the instructions of this name move, 4 where they do not say how many."""
+    found = re.findall(rf"\b{operation}((?:\.\w+)*) ", listing)
+    return sum({"64": 8, "128": 16}.get(kind.rpartition(".")[2], 4) for kind in found)
 
 
 def test_shared_memory_fits_the_card(compiled):
