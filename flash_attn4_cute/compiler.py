@@ -1,17 +1,16 @@
 """KernelKey -> kernel: from the package, from the disk cache, or compiled now."""
 
 import dataclasses
-import functools
 import logging
-import os
 import threading
 from typing import Any, Protocol
 
 import torch
 
-from . import disk_cache, packaged
+from . import disk_cache, jit, packaged
 from .device import TARGETS
 from .launcher.kernel import Kernel
+from .remember import OncePerKey
 
 logger = logging.getLogger("flash_attn_4")
 
@@ -33,7 +32,8 @@ class KernelKey(Protocol):
     def trace(self) -> tuple[Any, tuple]: ...
 
 
-_lock = threading.Lock()
+# CuTe DSL traces into one object for the whole process: one kernel at a time.
+_compiling = threading.Lock()
 
 
 def gpu_arch(variant: str) -> str:
@@ -59,7 +59,7 @@ def load_cutlass():
     return cutlass
 
 
-@functools.cache
+@OncePerKey
 def compiled(key: KernelKey) -> Kernel:
     """The kernel for `key`: of the package, from the disk, or compiled now, in that order.
 
@@ -68,8 +68,7 @@ def compiled(key: KernelKey) -> Kernel:
         RuntimeError: the kernel has to be compiled and FLASH_ATTN_4_JIT=0 forbids it.
     """
     key = with_target(key)
-    with _lock:
-        return packaged.load(key) or disk_cache.load(key) or _compiled_now(key)
+    return packaged.load(key) or disk_cache.load(key) or _compiled_now(key)
 
 
 def loaded(key: Any, device: torch.device) -> Kernel:
@@ -93,25 +92,33 @@ def _compiled_now(key: KernelKey) -> Kernel:
         if found is None:
             place = disk_cache.folder() or "this process only"
             logger.warning("no precompiled kernel, compiling it now, to keep in %s: %s", place, key)
-            found = compile_kernel(key)
+            with _compiling:
+                found = compile_kernel(key)
             disk_cache.store(key, found)
         return found
 
 
 def origin(key: KernelKey) -> str:
     """Where the code of `key` comes from in a new process, for people."""
-    key = with_target(key)
-    if packaged.holds(key):
+    key, place = with_target(key), disk_cache.folder()
+    if packaged.load(key) is not None:
         return f"precompiled for {key.variant}, read from the package at the first call"
-    return disk_cache.describe(key)
+    if disk_cache.holds(key):
+        return f"disk cache: compiled earlier, read from {place} at the first call of this kernel"
+    why = jit.obstacle()
+    if why is not None:
+        held = f"neither the package nor {place or 'a cache'} holds it"
+        return f"none, so that the first call in a process raises an error: {why}, and {held}"
+    kept = "for the process" if place is None or disk_cache.holds_function(key) else f"in {place}"
+    return f"compiled (JIT) at the first call of this kernel, then kept {kept}"
 
 
 def _check_jit(key: KernelKey) -> None:
-    if os.environ.get("FLASH_ATTN_4_JIT", "1") == "0":
+    if jit.is_forbidden():
         raise RuntimeError(
-            f"FLASH_ATTN_4_JIT=0 forbids compiling, and neither the package nor "
+            f"{jit.SWITCH}=0 forbids compiling, and neither the package nor "
             f"{disk_cache.folder() or 'a cache'} holds {key}. Run the call once with "
-            f"FLASH_ATTN_4_JIT=1 to fill the cache, or unset FLASH_ATTN_4_JIT"
+            f"{jit.SWITCH}=1 to fill the cache, or unset {jit.SWITCH}"
         )
 
 

@@ -23,8 +23,12 @@ FAMILIES = {
     "sm120a": "sm120",
     "sm121a": "sm120",
 }
-# For cards of a family that have no row of their own, by the major revision.
+# For cards of a family that have no row of their own, by the major revision. A family is a major
+# revision: code for it runs where the minor one is the same or higher (CuTe DSL 4.8.1,
+# cutlass/base_dsl/enums.py, Arch.can_run_binary_built_for; it lists 10.0, 10.3 and 10.7, 12.0 and
+# 12.1). But what was called 10.1 is Thor, whose family is 11.x (there: sm_101f = sm_110f).
 FAMILY_VARIANTS = {10: "sm100a", 12: "sm120a"}
+OTHER_FAMILIES = {(10, 1): "it is 11.0 (Thor) by its first name, which is no member of 10.x"}
 # What machine code of a variant is compiled for, by the kernels' family. Code for a family of cards
 # ("f") runs on all of them, and is the code for one card ("a") but for two bytes of its header.
 TARGETS = {
@@ -58,8 +62,16 @@ class Card:
         A card that is newer than those of its family gets the family's: machine code for 10.x and
         12.x runs on every later minor revision, that for 9.0 only there.
         """
+        if self.capability in OTHER_FAMILIES:
+            return None
         major, _ = self.capability
         return VARIANTS.get(self.capability) or FAMILY_VARIANTS.get(major)
+
+    def __str__(self) -> str:
+        """Its capability and name, and what is to be known of them."""
+        major, minor = self.capability
+        more = OTHER_FAMILIES.get(self.capability)
+        return f"{major}.{minor} ({self.name}{'' if more is None else '; ' + more})"
 
 
 @functools.cache
@@ -78,11 +90,9 @@ def supported_card(device: torch.device) -> Card:
     """
     found = card(device)
     if found.variant is None:
-        major, minor = found.capability
         raise NotImplementedError(
             f"device={device} is not supported: flash-attn-4 needs compute capability {SUPPORTED}, "
-            f"found {major}.{minor} ({found.name}). Use a supported card, or pass CPU tensors to "
-            f"run the cpu variant"
+            f"found {found}. Use a supported card, or pass CPU tensors to run the cpu variant"
         )
     return found
 
@@ -92,13 +102,14 @@ def describe(device: torch.device) -> str:
     if device.type == "cpu":
         return "variant cpu: PyTorch operations, because the tensors live on the CPU"
     found = card(device)
-    major, minor = found.capability
     if found.variant is None:
-        return f"no variant: {found.name} has capability {major}.{minor}, supported are {SUPPORTED}"
+        return f"no variant: found capability {found}, supported are {SUPPORTED}"
+    major, minor = found.capability
+    parts = [(target, family) for (v, family), target in TARGETS.items() if v == found.variant]
     instructions = INSTRUCTIONS[FAMILIES[found.variant]]
     own = "" if found.capability in VARIANTS else f", of the family of {found.variant}"
     return (
         f"variant {found.variant}: {instructions} kernels, because {found.name} "
         f"has compute capability {major}.{minor}{own} ({found.num_sms} SMs); "
-        f"{packaged.describe(TARGETS[found.variant, FAMILIES[found.variant]])}"
+        f"{packaged.describe(parts)}"
     )

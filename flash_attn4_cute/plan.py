@@ -4,7 +4,6 @@ The plan is decided by the problem and the card alone, never by a tensor's value
 once per problem. What the kernels cannot do is refused here, before anything is written.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from .device import INSTRUCTIONS, Card, supported_card
 from .kernel_keys import DecodeKey, ForwardKey
 from .mask_rule import Band, band_of
 from .problem import AttentionProblem, Layout
+from .remember import PerProblem
 from .rules import BandRule, ScoreRule
 from .sm100 import tiles as sm100_tiles
 from .sm100.fit import choose_splits, fitted
@@ -81,7 +81,7 @@ class Plan:
         )
 
 
-@functools.lru_cache(maxsize=4096)
+@PerProblem
 def make_plan(problem: AttentionProblem) -> Plan:
     """Choose the kernel for a problem on a CUDA device.
 

@@ -6,15 +6,17 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
-from flash_attn4_cute import packaged
+from flash_attn4_cute import device, packaged
 from flash_attn4_cute.append_plan import AppendKey
 from flash_attn4_cute.build import cubin, shipped, sources
 from flash_attn4_cute.combine_plan import CombineKey
-from flash_attn4_cute.compiler import with_target
+from flash_attn4_cute.compiler import gpu_arch, with_target
 from flash_attn4_cute.device import TARGETS, VARIANTS, Card
 from flash_attn4_cute.kernel_keys import DecodeKey, ForwardKey
 from flash_attn4_cute.launcher import entry
@@ -65,9 +67,13 @@ def check_index(folder: Path) -> None:
         data = (folder / row["file"]).read_bytes()
         kernel = entry.unpack(data, keys[row["key"]])
         assert row["bytes"] == len(data)
-        assert [k["registers"] for k in row["kernels"]] == [
-            k.registers for k in cubin.resources(kernel.image).values()
+        assert row["family"] == keys[row["key"]].family
+        found = {name: asdict(used) for name, used in cubin.resources(kernel.image).items()}
+        assert row["kernels"] == [
+            found[name] | {"dynamic_shared": k["dynamic_shared"]}
+            for name, k in zip(sorted(found), row["kernels"], strict=True)
         ]
+        assert all(k["registers"] > 16 for k in row["kernels"])
         shared = {launch.shared_memory for launch in kernel.program.launches}
         assert {k["dynamic_shared"] for k in row["kernels"]} == shared
 
@@ -100,13 +106,38 @@ def test_cards_of_a_family_share_code():
     ("capability", "variant"),
     [
         ((8, 9), None), ((9, 0), "sm90a"), ((9, 1), None), ((10, 0), "sm100a"),
-        ((10, 1), "sm100a"), ((10, 3), "sm103a"), ((10, 9), "sm100a"), ((11, 0), None),
+        ((10, 1), None), ((10, 3), "sm103a"), ((10, 7), "sm100a"), ((11, 0), None),
         ((12, 0), "sm120a"), ((12, 1), "sm121a"), ((12, 7), "sm120a"), ((13, 0), None),
     ],
 )  # fmt: skip
 def test_cards_between(capability, variant):
     """Code for a family runs on its later cards; a card of no family is refused."""
     assert Card("a card", capability, 1).variant == variant
+
+
+def test_thor_is_refused_by_name(monkeypatch):
+    """10.1 is what 11.0 was called first: no code for 10.x runs there."""
+    monkeypatch.setattr(device, "card", lambda _: Card("Thor", (10, 1), 20))
+    with pytest.raises(NotImplementedError, match=r"found 10\.1 \(Thor; it is 11\.0 .*\)\. Use"):
+        device.supported_card(torch.device("cuda", 0))
+    assert "no variant: found capability 10.1 (Thor; it is 11.0" in device.describe(
+        torch.device("cuda", 0)
+    )
+
+
+def test_cards_are_those_of_the_compiler():
+    """By what CuTe DSL says of each card it knows: our code for it runs there, or none does."""
+    enums = pytest.importorskip("cutlass.base_dsl.enums", reason="needs nvidia-cutlass-dsl")
+    cards = [arch for arch in enums.Arch if arch.major >= 9 and arch.suffix == "a"]
+    assert len(cards) >= 7
+    targets = {enums.Arch[gpu_arch(target)] for target in TARGETS.values()}
+    for card in cards:
+        variant = Card("a card", (card.major, card.minor), 1).variant
+        own = {enums.Arch[gpu_arch(t)] for (v, _), t in TARGETS.items() if v == variant}
+        assert all(card.can_run_binary_built_for(target) for target in own), card
+        assert own or not any(card.can_run_binary_built_for(t) for t in targets), card
+    # The names of 10.1 stand for 11.0 there.
+    assert enums.Arch.sm_101a is enums.Arch.sm_110a
 
 
 def test_a_change_compiles_what_it_touches():

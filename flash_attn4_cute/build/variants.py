@@ -104,6 +104,7 @@ def write_variants(keys: Iterable[Any], cache: Path, destination: Path) -> list[
             {
                 "file": name,
                 "key": repr(key),
+                "family": key.family,
                 "bytes": len(data),
                 "kernels": [
                     found | {"dynamic_shared": launches.get(kernel_name, 0)}

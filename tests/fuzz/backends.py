@@ -60,7 +60,7 @@ class Direct:
             torch.cuda.synchronize()
 
     def num_kernels(self) -> int:
-        return part(self.package, "flash_attn4_cute.compiler").compiled.cache_info().misses
+        return part(self.package, "flash_attn4_cute.compiler").compiled.num_made
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Emulated:
             yield
 
     def num_kernels(self) -> int:
-        return part(self.package, "flash_attn4_cute.compiler").compiled.cache_info().misses
+        return part(self.package, "flash_attn4_cute.compiler").compiled.num_made
 
 
 def open_backend(name: str, arch: str) -> Backend:
