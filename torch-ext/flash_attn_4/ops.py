@@ -7,20 +7,18 @@
     merge             writes the merge of partial results to out and lse
 
 All but the last take the same trailing arguments, `_CALL`, in which AttentionTensors and
-AttentionOptions travel flat. Callables travel as handles into a weak table: an operator's schema
-has no type for them.
+AttentionOptions travel flat, and callables as numbers, see `functions`.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import execute
+from . import execute, functions
 from ._ops import add_op_namespace_prefix
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.mask_rule import FULL
@@ -53,30 +51,6 @@ _UPDATE = (
     "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 )
 
-_callables: weakref.WeakValueDictionary[int, Callable] = weakref.WeakValueDictionary()
-
-
-def _handle(function: Callable | None) -> int:
-    """A number that stands for `function` in an operator's arguments; 0 for None."""
-    if function is None:
-        return 0
-    _callables[id(function)] = function
-    return id(function)
-
-
-# What torch.compiler.assume_constant_result does, which imports torch._dynamo: seconds, for nothing
-# unless a call is compiled.
-_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _resolve(handle: int) -> Callable | None:
-    if handle == 0:
-        return None
-    function = _callables.get(handle)
-    assert function is not None, "a score_mod or mask_mod died before the graph that calls it"
-    return function
-
-
 def flatten(tensors: AttentionTensors, options: AttentionOptions) -> tuple:
     """The arguments of one call in the order of `_CALL`."""
     band = band_of(options.mask)
@@ -102,8 +76,8 @@ def flatten(tensors: AttentionTensors, options: AttentionOptions) -> tuple:
         None if aux is None else list(aux),
         left,
         right,
-        _handle(mask_mod),
-        _handle(options.score_mod),
+        functions.handle(mask_mod),
+        functions.handle(options.score_mod),
         options.softmax_scale,
         options.softcap,
         options.dropout_p,
@@ -141,12 +115,12 @@ def unflatten(call: tuple, return_lse: bool = True) -> tuple[AttentionTensors, A
     left, right, mask_mod, score_mod, scale, softcap, p, deterministic = call[_NUM_TENSORS:][:8]
     num_splits, pack_gqa, max_q, max_k, requires_grad = call[_NUM_TENSORS + 8 :]
     band = FULL if left is None and right is None else Band(left, right)
-    admit = _resolve(mask_mod)
+    admit = functions.function_of(mask_mod)
     options = AttentionOptions(
         mask=band if admit is None else Custom(admit, band),
         softmax_scale=scale,
         softcap=softcap,
-        score_mod=_resolve(score_mod),
+        score_mod=functions.function_of(score_mod),
         dropout_p=p,
         deterministic=deterministic,
         num_splits=num_splits,
@@ -230,7 +204,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -
     aux = inputs[_NUM_TENSORS - 1]
     ctx.num_aux = None if aux is None else len(aux)
     ctx.save_for_backward(*output, *tensors, *(aux or ()))
-    ctx.keep = [_resolve(handle) for handle in inputs[_NUM_TENSORS + 2 : _NUM_TENSORS + 4]]
+    ctx.keep = [functions.function_of(handle) for handle in inputs[_NUM_TENSORS + 2 : _NUM_TENSORS + 4]]
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple:
