@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 32
 CU_Q = torch.tensor([0, 5, 20], dtype=torch.int32)
@@ -194,6 +195,46 @@ def test_gradients_compile_in_one_graph(fa4):
         gradients.append([t.grad for t in inputs])
     for eager, compiled in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_compiled_calls_pose_the_problem_of_eager_ones(fa4, monkeypatch, grad):
+    """The kernels that are shipped are for that. There is an LSE if a gradient needs it only."""
+    torch._dynamo.reset()
+    problems, run = [], fa4.execute._run
+
+    def spy(problem, *rest):
+        problems.append(problem)
+        return run(problem, *rest)
+
+    monkeypatch.setattr(fa4.execute, "_run", spy)
+    compiled = torch.compile(fa4.flash_attn_func, fullgraph=True, backend="eager")
+    q, k, v = qkv()
+    q.requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        for function in (fa4.flash_attn_func, compiled):
+            function(q, k, v, causal=True)
+    eager, found = problems
+    assert found == eager and found.return_lse == grad
+    with torch.no_grad():  # another graph
+        compiled(q, k, v, causal=True)
+    assert not problems[-1].return_lse
+
+
+def test_graphs_that_expected_no_gradient_have_one(fa4):
+    """A traced graph, which has no LSE, is given tensors that require a gradient."""
+
+    def causal(q, k, v):
+        return fa4.flash_attn_func(q, k, v, causal=True)
+
+    graph = make_fx(causal, tracing_mode="symbolic")(*qkv())
+    gradients = []
+    for function in (causal, graph):
+        inputs = [t.requires_grad_() for t in qkv()]
+        function(*inputs).square().sum().backward()
+        gradients.append([t.grad for t in inputs])
+    for eager, traced in zip(*gradients, strict=True):
+        assert torch.equal(traced, eager)
 
 
 @pytest.mark.parametrize("layout", ["dense", "varlen"])

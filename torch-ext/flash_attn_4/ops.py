@@ -39,7 +39,8 @@ _TENSORS = (
 _OPTIONS = (
     "SymInt? window_left, SymInt? window_right, int mask_mod, int score_mod, "
     "float? softmax_scale, float softcap, float dropout_p, bool deterministic, int num_splits, "
-    "bool? pack_gqa, SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool requires_grad"
+    "bool? pack_gqa, SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool return_lse, "
+    "bool requires_grad"
 )
 _CALL = f"Tensor q, Tensor k, Tensor v, {_TENSORS}, {_OPTIONS}"
 _NUM_TENSORS = 3 + _TENSORS.count(",") + 1
@@ -50,6 +51,7 @@ _UPDATE = (
     "Tensor k_new, Tensor v_new, Tensor cache_seqlens, Tensor? cu_seqlens_k_new, "
     "Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved"
 )
+
 
 def flatten(tensors: AttentionTensors, options: AttentionOptions) -> tuple:
     """The arguments of one call in the order of `_CALL`."""
@@ -86,12 +88,15 @@ def flatten(tensors: AttentionTensors, options: AttentionOptions) -> tuple:
         options.pack_gqa,
         options.max_seqlen_q,
         options.max_seqlen_k,
+        bool(options.return_lse),
         options.requires_grad,
     )
 
 
-def unflatten(call: tuple, return_lse: bool = True) -> tuple[AttentionTensors, AttentionOptions]:
-    """The inverse of `flatten`."""
+def unflatten(
+    call: tuple, has_lse: bool | None = None
+) -> tuple[AttentionTensors, AttentionOptions]:
+    """The inverse of `flatten`; `has_lse`: whether there is an LSE, whatever the call asks for."""
     q, k, v, cu_q, cu_k, used_q, used_k, table, rows, leftpad = call[:_SINK]
     sink, k_descale, v_descale, alibi, state, aux = call[_SINK:_NUM_TENSORS]
     tensors = AttentionTensors(
@@ -113,7 +118,7 @@ def unflatten(call: tuple, return_lse: bool = True) -> tuple[AttentionTensors, A
         aux_tensors=None if aux is None else tuple(aux),
     )
     left, right, mask_mod, score_mod, scale, softcap, p, deterministic = call[_NUM_TENSORS:][:8]
-    num_splits, pack_gqa, max_q, max_k, requires_grad = call[_NUM_TENSORS + 8 :]
+    num_splits, pack_gqa, max_q, max_k, return_lse, requires_grad = call[_NUM_TENSORS + 8 :]
     band = FULL if left is None and right is None else Band(left, right)
     admit = functions.function_of(mask_mod)
     options = AttentionOptions(
@@ -127,7 +132,7 @@ def unflatten(call: tuple, return_lse: bool = True) -> tuple[AttentionTensors, A
         pack_gqa=pack_gqa,
         max_seqlen_q=max_q,
         max_seqlen_k=max_k,
-        return_lse=return_lse,
+        return_lse=return_lse if has_lse is None else has_lse,
         requires_grad=requires_grad,
     )
     return tensors, options
@@ -165,19 +170,24 @@ def result_shapes(call: tuple) -> tuple[list, list]:
     return out, [*lengths[:-1], heads, lengths[-1]] if cu_seqlens_q is None else [heads, *lengths]
 
 
+def _has_lse(call: tuple) -> bool:
+    """Whether `forward` gives one: the caller wants it, or a gradient will."""
+    return_lse, requires_grad = call[-2:]
+    return return_lse or requires_grad
+
+
 @_define("forward", f"({_CALL}) -> (Tensor, Tensor)")
 def forward(*call: Any) -> tuple[Tensor, Tensor]:
-    """Attention into new tensors."""
-    out, lse = execute.attend_again(*unflatten(call))
-    assert lse is not None
-    return out, lse
+    """Attention into new tensors; lse is empty if neither the caller nor a gradient needs it."""
+    out, lse = execute.attend_again(*unflatten(call, _has_lse(call)))
+    return out, out.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @forward.register_fake
 def _(*call: Any) -> tuple[Tensor, Tensor]:
     out, lse = result_shapes(call)
     q = call[0]
-    return q.new_empty(out), q.new_empty(lse, dtype=torch.float32)
+    return q.new_empty(out), q.new_empty(lse if _has_lse(call) else 0, dtype=torch.float32)
 
 
 @_define(
@@ -204,13 +214,17 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -
     aux = inputs[_NUM_TENSORS - 1]
     ctx.num_aux = None if aux is None else len(aux)
     ctx.save_for_backward(*output, *tensors, *(aux or ()))
-    ctx.keep = [functions.function_of(handle) for handle in inputs[_NUM_TENSORS + 2 : _NUM_TENSORS + 4]]
+    handles = inputs[_NUM_TENSORS + 2 : _NUM_TENSORS + 4]
+    ctx.keep = [functions.function_of(handle) for handle in handles]
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple:
     out, lse, *saved = ctx.saved_tensors
     tensors, aux = saved[: _NUM_TENSORS - 1], saved[_NUM_TENSORS - 1 :]
-    call = (*tensors, None if ctx.num_aux is None else aux, *ctx.rest)
+    call = (*tensors, None if ctx.num_aux is None else aux, *ctx.rest[:-2], True, True)
+    if not _has_lse(ctx.rest):  # a graph that was traced on tensors that need no gradient
+        lse = forward(*call)[1]
+        dlse = torch.zeros_like(lse)
     dq, dk, dv, dsink = backward(dout, dlse, out, lse, *call)
     gradients: list[Tensor | None] = [dq, dk, dv] + [None] * (_NUM_CALL - 3)
     if tensors[_SINK] is not None:
@@ -224,7 +238,7 @@ forward.register_autograd(_backward, setup_context=_save_for_backward)
 @_define("forward_out", f"(Tensor(a!) out, Tensor(b!)? lse, {_CALL}) -> ()", ("out", "lse"))
 def forward_out(out: Tensor, lse: Tensor | None, *call: Any) -> None:
     """Attention into given tensors."""
-    tensors, options = unflatten(call, return_lse=lse is not None)
+    tensors, options = unflatten(call, lse is not None)
     tensors.out, tensors.lse = out, lse
     execute.attend_again(tensors, options)
 
@@ -243,7 +257,7 @@ def _(out: Tensor, lse: Tensor | None, *call: Any) -> None:
 def with_kvcache(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
     """Append to the cache in place, then attention into given tensors."""
     k, v, cache_seqlens, cu_new, cos, sin, interleaved, *call = arguments
-    tensors, options = unflatten(tuple(call), return_lse=lse is not None)
+    tensors, options = unflatten(tuple(call), lse is not None)
     tensors.out, tensors.lse = out, lse
     update = CacheUpdate(
         k=k,

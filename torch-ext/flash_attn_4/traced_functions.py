@@ -90,8 +90,8 @@ def _value(tx: Any, variable: Any) -> Any:
         NotImplementedError,
         "score_mod or mask_mod",
         variable.python_type().__name__,
-        "what a function that is made in a compiled one captures must be plain values, or functions "
-        "and objects from outside",
+        "what a function that is made in a compiled one captures must be plain values, or "
+        "functions and objects from outside",
         "Pass tensors as aux_tensors, or make the function outside of the compiled one",
     )
 
