@@ -96,7 +96,7 @@ def _value(tx: Any, variable: Any) -> Any:
     )
 
 
-def _function(function: types.FunctionType, source: Any) -> Callable:
+def _function(function: Any, source: Any) -> Callable:
     """A function that the graph did not make."""
     if source is None:
         return function
@@ -112,7 +112,7 @@ def _function(function: types.FunctionType, source: Any) -> Callable:
     install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
     for name, values in (("__closure__", contents), ("__defaults__", defaults)):
         for i in range(len(values)):
-            item = GetItemSource(AttrSource(source, name), i)
+            item: Any = GetItemSource(AttrSource(source, name), i)
             item = AttrSource(item, "cell_contents") if name == "__closure__" else item
             install_guard(item.make_guard(GuardBuilder.CONSTANT_MATCH))
     for name in keywords:
