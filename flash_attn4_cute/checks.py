@@ -10,6 +10,7 @@ All checks here look at shapes, dtypes and devices only, so they are cheap and n
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from typing import Any, TypeVar
 
@@ -28,7 +29,10 @@ def refuse(kind: type[_Error], argument: str, value: Any, rule: str, way_out: st
 
 
 def as_int(name: str, value: Any) -> int:
-    """`value` as an int: Python and NumPy integers and 0-d integer CPU tensors are accepted."""
+    """`value` as an int: whole numbers of any type and 0-d integer CPU tensors are accepted.
+
+    So are True and 2.0: a call is known by its arguments, and these equal 1 and 2.
+    """
     if type(value) is int:
         return value
     if isinstance(value, Tensor) and value.device.type != "cpu":
@@ -39,20 +43,53 @@ def as_int(name: str, value: Any) -> int:
             "must be a plain integer, since reading it from the device would stall every call",
             f"Pass an int, for example int({name}) computed once per step",
         )
-    if isinstance(value, bool):
-        raise refuse(TypeError, name, value, "must be an integer, not a bool", "Pass an int")
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    try:
-        return operator.index(value)
-    except TypeError:
+    whole = _whole(value)
+    if whole is None:
         raise refuse(
             TypeError,
             name,
             f"{value!r} ({type(value).__name__})",
             "must be an integer",
             "Pass an int, a NumPy integer or a 0-d integer CPU tensor",
-        ) from None
+        )
+    return whole
+
+
+def _whole(value: Any) -> int | None:
+    """The int that `value` equals, or None."""
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        pass
+    try:
+        real = getattr(value, "real", None) if isinstance(value, numbers.Number) else None
+        whole = None if real is None else int(real)
+    except (OverflowError, ValueError):  # infinity and NaN
+        return None
+    return whole if whole == value else None
+
+
+def as_bool(name: str, value: Any, rule: str = "True or False", way_out: str = "a bool") -> bool:
+    """`value` as a bool: what equals True or False is accepted."""
+    if value is True or value is False:
+        return value
+    found = plain(value)
+    if not isinstance(found, Tensor) and found in (0, 1):
+        return bool(found)
+    raise refuse(TypeError, name, repr(value), f"must be {rule}", f"Pass {way_out}")
+
+
+def plain(value: Any) -> Any:
+    """A NumPy number or a 0-d CPU tensor as a number of Python's; what is neither as it is."""
+    if type(value) is Tensor:
+        if value.dim() or not value.is_cpu:
+            return value
+    elif getattr(value, "ndim", 1) != 0 or isinstance(value, Tensor):
+        return value
+    found = value.item()
+    return found if type(found) in (bool, int, float) else value
 
 
 def as_maximum(name: str, value: Any) -> int | None:
@@ -60,10 +97,14 @@ def as_maximum(name: str, value: Any) -> int | None:
 
     Reading it from there would stall every call, and fail while a CUDA graph is captured.
     """
-    on_device = isinstance(value, Tensor) and value.device.type != "cpu"
-    if on_device and value.dim() == 0 and value.dtype in (torch.int32, torch.int64):
-        return None
-    return as_int(name, value)
+    return None if is_bound_on_device(value) else as_int(name, value)
+
+
+def is_bound_on_device(value: Any) -> bool:
+    """Whether `value` is a 0-d integer tensor on a device."""
+    if not isinstance(value, Tensor) or value.device.type == "cpu":
+        return False
+    return value.dim() == 0 and value.dtype in (torch.int32, torch.int64)
 
 
 def as_float(name: str, value: Any) -> float:
@@ -142,7 +183,8 @@ def check_index_tensor(
         check_dtype(name, tensor, (torch.int32,))
     check_device(name, tensor, device)
     check_shape(name, tensor, shape, meaning)
-    if tensor.numel() > 1 and tensor.stride(-1) != 1:
+    # A dimension of size 1 has no stride: (b, 1) with strides (1, b) is contiguous.
+    if tensor.numel() > 1 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise refuse(
             ValueError,
             f"{name}.stride",

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import as_int, refuse
+from .checks import as_bool, as_int, refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,7 @@ def make_mask_rule(causal: bool, window_size: Any, mask_mod: Callable | None = N
         ValueError: a bound below -1.
     """
     left, right = (None, None) if window_size is None else _bounds(window_size)
-    if causal is not True and causal is not False:
-        causal = _as_bool("causal", causal)
-    band = _band(causal, left, right)
+    band = _band(as_bool("causal", causal), left, right)
     if mask_mod is None:
         return band
     if not callable(mask_mod):
@@ -110,9 +108,3 @@ def _bound(window_size: Any, value: Any) -> int | None:
             "Pass (left, right), for example (1023, 0) for the last 1024 keys",
         )
     return value
-
-
-def _as_bool(name: str, value: Any) -> bool:
-    if value in (0, 1) and not hasattr(value, "device"):
-        return bool(value)
-    raise refuse(TypeError, name, repr(value), "must be True or False", "Pass a bool")

@@ -112,9 +112,9 @@ class AttentionOptions:
     """The arguments of one call that are not tensors, brought into canonical form.
 
     softmax_scale None is 1 / sqrt(d); softcap 0.0 or None is off; num_splits 0 lets the plan
-    decide; a maximum of None is derived from the tensors' shapes. NumPy numbers and 0-d CPU
-    tensors become plain numbers, so that one kernel serves them all; a maximum that lies on a
-    device becomes None.
+    decide; a maximum of None is derived from the tensors' shapes. Numbers count by their value:
+    NumPy's, 0-d CPU tensors, True for 1 and 2.0 for 2 become what they equal, so that one kernel
+    serves them all; a maximum that lies on a device becomes None.
     """
 
     mask: MaskRule = FULL
@@ -148,20 +148,18 @@ class AttentionOptions:
             self._canonicalise(checks.as_int, "num_splits")
         if self.max_seqlen_q is not None or self.max_seqlen_k is not None:
             self._canonicalise(checks.as_maximum, "max_seqlen_q", "max_seqlen_k")
-        if self.pack_gqa is not None and self.pack_gqa is not True and self.pack_gqa is not False:
-            raise checks.refuse(
-                TypeError,
-                "pack_gqa",
-                repr(self.pack_gqa),
-                "must be True, False or None",
-                "Pass None to let the plan decide",
-            )
+        if self.pack_gqa is not None and type(self.pack_gqa) is not bool:
+            self._canonicalise(_as_choice, "pack_gqa")
 
     def _canonicalise(self, convert: Callable, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, convert(name, value))
+
+
+def _as_choice(name: str, value: object) -> bool:
+    return checks.as_bool(name, value, "True, False or None", "None to let the plan decide")
 
 
 _numbers: dict[AttentionOptions, int] = {}

@@ -241,9 +241,9 @@ CASES = {
         dense(window_size=(1, 2, 3)),
         "TypeError | window_size=(1, 2, 3): must be a pair | left",
     ),
-    "window of floats": (
-        dense(window_size=(1.0, 0)),
-        "TypeError | window_size=1.0 (float): must be an integer | Pass an int",
+    "window of fractions": (
+        dense(window_size=(1.5, 0)),
+        "TypeError | window_size=1.5 (float): must be an integer | Pass an int",
     ),
     "softcap below 0": (dense(softcap=-1.0), "ValueError | softcap=-1.0: must be >= 0 | 0.0"),
     "softmax_scale": (
@@ -264,9 +264,9 @@ CASES = {
         "ValueError | max_seqlen_k=4: must not be below the longest sequence, 5"
         " | max_seqlen_k=5 or more",
     ),
-    "max_seqlen_q is a bool": (
-        varlen(max_seqlen_q=True),
-        "TypeError | max_seqlen_q=True: must be an integer, not a bool | Pass an int",
+    "max_seqlen_q between two numbers": (
+        varlen(max_seqlen_q=4.5),
+        "TypeError | max_seqlen_q=4.5 (float): must be an integer | Pass an int",
     ),
     "max_seqlen_q of several numbers on a device": (
         varlen(max_seqlen_q=on_meta(torch.tensor([4]))),

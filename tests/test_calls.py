@@ -7,6 +7,7 @@ note that they were launched take the place of compiled ones.
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,3 +207,82 @@ def test_compiled_calls_have_no_garbage_there(fa4):
         torch.use_deterministic_algorithms(False)
     assert (out[6:] == 0).all() and (lse[:, 6:] == SENTINEL).all()
     assert (made[:, 6:] == -torch.inf).all()
+
+
+# --- What an argument may be ----------------------------------------------------------------------
+
+
+def answer(call):
+    try:
+        return type(call())
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+
+
+EQUAL = {
+    "pack_gqa": (True, [1, 1.0, np.True_, torch.tensor(True)]),
+    "num_splits": (1, [True, 1.0, 1 + 0j, np.int64(1), np.float32(1), torch.tensor(1)]),
+    "causal": (True, [1, np.True_, torch.tensor(1)]),
+    "window_size": ((1, 0), [(True, False), [1, 0], (1.0, 0), (np.int8(1), torch.tensor(0))]),
+    "softcap": (1.0, [1, True, np.float16(1), torch.tensor(1)]),
+    "max_seqlen_q": (4, [4.0, np.int32(4), torch.tensor(4)]),
+    "max_seqlen_k": (4, [4.0, np.int32(4), torch.tensor(4)]),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_a_number_counts_by_its_value(fa4, name):
+    """The answer is that to the equal number, be the call the first of its kind or not."""
+    good, others = EQUAL[name]
+    cold = module(fa4, "request")._kept_options_of.cache_clear
+    arguments = packed() | {"pack_gqa": None}
+    call = {x: arguments.pop(x) for x in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")}
+    arguments |= call
+    expected = fa4.flash_attn_varlen_func(**arguments | {name: good})
+    for value in others:
+        for before in (cold, lambda: fa4.flash_attn_varlen_func(**arguments | {name: good})):
+            before()
+            assert torch.equal(fa4.flash_attn_varlen_func(**arguments | {name: value}), expected), (
+                value
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_splits", 1.5), ("num_splits", "1"), ("num_splits", float("nan")), ("pack_gqa", 2)],
+)
+def test_no_other_number_does(fa4, name, value):
+    call = packed() | {name: value}
+    with pytest.raises(TypeError, match=f"{name}={value!r}"):
+        fa4.flash_attn_varlen_func(**call)
+
+
+@pytest.mark.parametrize("strides", [(1, 2), (5, 7)])
+def test_one_page_a_sequence_has_any_strides(fa4, device, strides):
+    """A table (b, 1) is contiguous whatever the stride of its last dimension says."""
+    q, pages = normal(2, 1, 4, 64).to(device), normal(4, 16, 2, 64).to(device)
+    lengths, table = int32(9, 16, device=device), int32(3, 1, device=device).view(2, 1)
+    odd = torch.zeros(9, dtype=torch.int32, device=device).as_strided((2, 1), strides)
+    odd.copy_(table)
+    call = {"q": q, "k_cache": pages, "v_cache": pages, "cache_seqlens": lengths}
+    first = fa4.flash_attn_with_kvcache(**call, block_table=odd)
+    assert torch.equal(first, fa4.flash_attn_with_kvcache(**call, block_table=table))
+
+
+WINDOWS = [[1, 0], (np.int64(1), 0), (torch.tensor(1), 0)]
+BOUNDS = [np.int64(4), np.int32(4), torch.tensor(4), torch.tensor(4, device="meta"), None]
+
+
+def test_every_spelling_takes_the_short_way(fa4, short_way, monkeypatch):
+    """Lists, NumPy's numbers and tensors find the call that plain numbers left."""
+    request, given = module(fa4, "request"), packed()
+    del given["num_splits"]
+    spellings = [{"max_seqlen_q": x, "max_seqlen_k": x} for x in BOUNDS]
+    spellings += [{"window_size": x} for x in WINDOWS]
+    for same in ({}, {"max_seqlen_q": None, "max_seqlen_k": None}, {"window_size": (1, 0)}):
+        fa4.flash_attn_varlen_func(**given | same)
+    known = len(short_way.repeats)
+    monkeypatch.setattr(request, "send", None)
+    for spelling in spellings:
+        fa4.flash_attn_varlen_func(**given | spelling)
+    assert len(short_way.repeats) == known == 3

@@ -116,7 +116,7 @@ def _flash_attn_fwd(
     tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux_tensors is None else tuple(aux_tensors)
     tensors.blocks = BlockSparse.of(block_sparse_tensors)
-    return send(tensors, asked, max_seqlen_k)
+    return send(tensors, None, asked, max_seqlen_k)
 
 
 def get_scheduler_metadata(

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from . import execute, ops
 from .execute import repeats
 from .flash_attn4_cute.cache_update import CacheUpdate
-from .flash_attn4_cute.checks import check_is_tensor, refuse
+from .flash_attn4_cute.checks import check_is_tensor, is_bound_on_device, plain, refuse
 from .flash_attn4_cute.problem import (
     OTHERS,
     AttentionOptions,
@@ -24,7 +24,7 @@ from .flash_attn4_cute.problem import (
     AttentionTensors,
     make_mask_rule,
 )
-from .flash_attn4_cute.repeat import Others, key_of, kind_of
+from .flash_attn4_cute.repeat import Others, key_of, kind_of, planned_bound
 from .flash_attn4_cute.results import new_lse, new_out
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
 
@@ -71,16 +71,36 @@ _FIELDS = (
     "max_seqlen_q",
     "return_lse",
 )
+# Of what may be kept: it neither changes nor keeps anything alive.
 _PLAIN_TYPES = frozenset({bool, int, float, type(None), SchedulerMetadata})
 
 
-def _is_plain(asked: Asked, longest: Any) -> bool:
-    """Whether options may be kept: they neither change nor keep anything alive."""
-    causal, window, mask_mod, *others = asked
-    if window is not None and type(window) is not tuple:
-        return False
-    plain = (causal, *(window or ()), mask_mod, *others, longest)
-    return _PLAIN_TYPES.issuperset(map(type, plain))
+_MAX_SEQLEN_Q = 3 + _FIELDS.index("max_seqlen_q")
+
+
+def _made_plain(asked: Asked, longest: Any) -> tuple[Asked, Any] | None:
+    """The same in Python's own numbers and tuples, so that it may be kept; None if it cannot be."""
+    found = list(asked)
+    window, found[1] = found[1], None
+    if not _PLAIN_TYPES.issuperset(map(type, found)):
+        found = [x if type(x) in _PLAIN_TYPES else plain(x) for x in found]
+        if type(found[_MAX_SEQLEN_Q]) is Tensor and is_bound_on_device(found[_MAX_SEQLEN_Q]):
+            found[_MAX_SEQLEN_Q] = None
+        if not _PLAIN_TYPES.issuperset(map(type, found)):
+            return None
+    if window is not None:
+        if type(window) is not tuple and type(window) is not list:
+            return None
+        found[1] = tuple(window)
+        if not _PLAIN_TYPES.issuperset(map(type, window)):
+            found[1] = tuple(map(plain, window))
+            if not _PLAIN_TYPES.issuperset(map(type, found[1])):
+                return None
+    if type(longest) not in _PLAIN_TYPES:
+        longest = None if is_bound_on_device(longest) else plain(longest)
+        if type(longest) not in _PLAIN_TYPES:
+            return None
+    return tuple(found), longest
 
 
 def needs_grad(*tensors: Any) -> bool:
@@ -108,36 +128,50 @@ def ask(
     """
     key = None
     if aux is None and not is_dynamo_compiling():
-        kind = asked if others is None else kind_of(asked, longest, others, interleaved)
+        kind: Any = asked if others is None else kind_of(asked, longest, others, interleaved)
         try:
             last = repeats.last.get(kind)
         except TypeError:  # a list, say
-            pass
-        else:
-            if last is not None:
-                likeness, known = last
-                if likeness.holds(qkv if others is None else qkv + others):
-                    found = known.again(qkv, others)
-                    if found is not None:
-                        return found
-            key = key_of(asked, longest, qkv, others, interleaved)
-            found = repeats.again(key, kind, qkv, others)
-            if found is not None:
-                return found
+            last = None
+        if last is None:
+            made = _made_plain(asked, longest)
+            if made is None:
+                return send(*unpacked(qkv, others, aux, interleaved, check), asked, longest)
+            asked, longest = made
+            bound = planned_bound(longest, others or ())
+            kind = asked if others is None else (asked, bound, *kind[2:])
+            last = repeats.last.get(kind)
+        if last is not None:
+            likeness, known = last
+            if likeness.holds(qkv if others is None else qkv + others):
+                found = known.again(qkv, others)
+                if found is not None:
+                    return found
+        key = key_of(asked, longest, qkv, others, interleaved)
+        found = repeats.again(key, kind, qkv, others)
+        if found is not None:
+            return found
+    return send(*unpacked(qkv, others, aux, interleaved, check), asked, longest, key)
+
+
+def unpacked(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    others: Others,
+    aux: Sequence[Tensor] | None,
+    interleaved: bool | None,
+    check: Callable[[Tensor, tuple], None] | None,
+) -> tuple[AttentionTensors, CacheUpdate | None]:
+    """The tensors of a flat call by their names, after its own `check`."""
     q, k, v = qkv
     given: tuple[Any, ...] = (None,) * len(OTHERS) if others is None else others
     if check is not None:
         check(q, given)
-    named: dict[str, Any] = dict(zip(OTHERS, given, strict=False))
-    tensors = AttentionTensors(q=q, k=k, v=v, **named)
+    tensors = AttentionTensors(q=q, k=k, v=v, **dict(zip(OTHERS, given, strict=False)))
     tensors.aux_tensors = None if aux is None else tuple(aux)
-    update = None
-    if interleaved is not None:
-        k_new, v_new, lengths, cu_new, cos, sin = given[len(OTHERS) :]
-        update = CacheUpdate(k_new, v_new, lengths, cu_new, cos, sin, interleaved)
-    if key is not None and not _is_plain(asked, longest):
-        key = None
-    return send(tensors, asked, longest, update, key)
+    if interleaved is None:
+        return tensors, None
+    k_new, v_new, lengths, cu_new, cos, sin = given[len(OTHERS) :]
+    return tensors, CacheUpdate(k_new, v_new, lengths, cu_new, cos, sin, interleaved)
 
 
 def options_of(asked: Asked, longest: Any, requires_grad: bool) -> AttentionOptions:
@@ -156,9 +190,9 @@ _kept_options_of = functools.lru_cache(maxsize=1024)(options_of)  # of what may 
 
 def send(
     tensors: AttentionTensors,
+    update: CacheUpdate | None,
     asked: Asked,
     longest: Any,
-    update: CacheUpdate | None = None,
     key: tuple | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse): through an operator where torch must see one, else straight to the variant.
