@@ -26,7 +26,8 @@ FAMILIES = {
 # For cards of a family that have no row of their own, by the major revision. A family is a major
 # revision: code for it runs where the minor one is the same or higher (CuTe DSL 4.8.1,
 # cutlass/base_dsl/enums.py, Arch.can_run_binary_built_for; it lists 10.0, 10.3 and 10.7, 12.0 and
-# 12.1). But what was called 10.1 is Thor, whose family is 11.x (there: sm_101f = sm_110f).
+# 12.1). But what was called 10.1 is Thor, whose family is 11.x (there: sm_101f = sm_110f). ptxas
+# 13.5 says the same: it takes a target of sm_100f for sm_103 and sm_107, and for sm_110 refuses it.
 FAMILY_VARIANTS = {10: "sm100a", 12: "sm120a"}
 OTHER_FAMILIES = {(10, 1): "it is 11.0 (Thor) by its first name, which is no member of 10.x"}
 # What machine code of a variant is compiled for, by the kernels' family. Code for a family of cards
