@@ -25,7 +25,7 @@ from flash_attn4_cute.launcher.integers import operation
 from .conftest import ROOT
 
 # Two kernels that append and one forward: seconds to compile, and all that a package is made of.
-FORWARD = "ForwardKey.*torch.float16.*head_dim=128,.*has_right=False.*DENSE"
+FORWARD = "ForwardKey.*torch.float16.*head_dim=64,.*has_right=False.*DENSE"
 SUBSET = f"AppendKey.*head_dim=64,.*rotary_dim=0|{FORWARD}"
 
 
@@ -80,26 +80,35 @@ def check_index(folder: Path) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS.values())
 def test_the_set_of_a_variant(variant):
-    """Prefill, decoding and appending; few enough to be built in twenty minutes on two cores."""
+    """Prefill, decoding, appending and merging, each kernel once and for a target of the card."""
     keys = shipped.shipped_keys(variant)
     assert {type(key) for key in keys} == {ForwardKey, DecodeKey, AppendKey, CombineKey}
-    assert len(set(map(repr, keys))) == len(keys) < 205
+    assert len(set(map(repr, keys))) == len(keys)
     assert {key.variant for key in keys} <= {t for (v, _), t in TARGETS.items() if v == variant}
     names = [entry.file_name(repr(key)) for key in keys]
     assert len(set(names)) == len(names)
 
 
 def test_readme_says_what_is_shipped():
-    """Its table and its numbers of heads are those that the set is made of."""
+    """Its table and its number of kernels are those of the set."""
     readme = (ROOT / "README.md").read_text()
-    table = readme[readme.index("| calls | masks |") :].split("\n\n")[0]
+    table = readme[readme.index("| calls | head_dim") :].split("\n\n")[0]
     assert table.splitlines() == shipped.table()
-    assert f"\n{shipped.ratios()}.\n" in readme
+    assert f" {len(shipped.all_keys())} kernels" in readme
 
 
 def test_cards_of_a_family_share_code():
     assert shipped.shipped_keys("sm120a") == shipped.shipped_keys("sm121a")
-    assert len(shipped.all_keys()) < 670
+
+
+def test_the_set_is_built_in_time():
+    """Twenty minutes on two cores are what a full rebuild may take, a tenth of it kept free.
+
+    A kernel takes 1.9 s of one core, the mean of a set of 661 (2026-11-29); those of tcgen05 more.
+    What to add beyond is a question of what to leave out, or of kernels that serve more calls.
+    """
+    cores, minutes, seconds_a_kernel = 2, 20, 1.9
+    assert len(shipped.all_keys()) * seconds_a_kernel <= 0.9 * cores * minutes * 60
 
 
 @pytest.mark.parametrize(
