@@ -46,8 +46,9 @@ def on_tcgen05(key: Any) -> bool:
     return key.family == "sm100"
 
 
-def splits_pairs(key: Any) -> bool:
-    return on_tcgen05(key) and key.cfg.ctas == 2 and key.cfg.q_tiles == 2 and key.merged_dim > 0
+def pairs(key: Any) -> bool:
+    """Whether CTAs work in pairs where they need not."""
+    return key.cfg.ctas == 2 and key.cfg.q_tiles == 2
 
 
 # Why a call that needs a kernel which is not in the set is left out, and of which calls that is
@@ -88,18 +89,26 @@ LEFT_OUT: tuple[tuple[str, Applies], ...] = (
         lambda p, key: p.head_dim == 96 and has_window(p),
     ),
     (
-        "few queries on many dense keys on B200 and B300, where pairs of CTAs split the keys: a "
-        "dense cache rarely has so many",
-        lambda p, key: is_dense(p) and splits_pairs(key),
+        "few queries that go on with many keys in transformers on B200 and B300, but at the most "
+        "frequent ratios: engines that chunk prompts have pages",
+        lambda p, key: (
+            p.page_size is None
+            and p.seqlen_q < p.seqlen_k
+            and on_tcgen05(key)
+            and key.merged_dim > 0
+            and not (is_plain(p) and p.head_dim == 128 and ratio(p) in (4, 8) and not pairs(key))
+        ),
     ),
     (
         "latent attention with few queries on many dense keys: engines pack",
         lambda p, key: is_dense(p) and p.head_dim == 192 and key.merged_dim > 0,
     ),
     (
-        "SmolLM2 in vLLM on B200 and B300: a model for phones",
+        "SmolLM2, Qwen2.5 0.5B and Gemma 3 1B in vLLM on B200 and B300: models for small devices",
         lambda p, key: (
-            p.page_size == 16 and p.head_dim == 64 and ratio(p) in (1, 3) and on_tcgen05(key)
+            p.page_size == 16
+            and (p.head_dim, ratio(p)) in {(64, 1), (64, 3), (64, 7), (256, 4)}
+            and on_tcgen05(key)
         ),
     ),
     (

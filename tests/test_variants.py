@@ -101,14 +101,26 @@ def test_cards_of_a_family_share_code():
     assert shipped.shipped_keys("sm120a") == shipped.shipped_keys("sm121a")
 
 
-def test_the_set_is_built_in_time():
-    """Twenty minutes on two cores are what a full rebuild may take, a tenth of it kept free.
+def seconds_to_compile(key) -> float:
+    """Of one core: of four each, 2026-11-29, and a tenth for what a build does beside compiling.
 
-    A kernel takes 1.9 s of one core, the mean of a set of 661 (2026-11-29); those of tcgen05 more.
-    What to add beyond is a question of what to leave out, or of kernels that serve more calls.
+    By it the set that had 661 kernels takes 1270 s; 1256 were measured.
     """
-    cores, minutes, seconds_a_kernel = 2, 20, 1.9
-    assert len(shipped.all_keys()) * seconds_a_kernel <= 0.9 * cores * minutes * 60
+    if isinstance(key, ForwardKey):
+        return 3.6 if key.merged_dim else 2.8  # with splits, a kernel that merges is compiled along
+    if isinstance(key, DecodeKey):
+        return 1.85 if key.is_split else 0.9
+    return 0.3
+
+
+def test_the_set_is_built_in_time():
+    """A full rebuild may take twenty minutes on two cores; a tenth of it is kept free.
+
+    Who adds beyond leaves something out, or makes a kernel serve more calls.
+    """
+    cores, minutes = 2, 20
+    expected = sum(map(seconds_to_compile, shipped.all_keys()))
+    assert expected <= 0.9 * cores * minutes * 60
 
 
 @pytest.mark.parametrize(

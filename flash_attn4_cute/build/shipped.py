@@ -14,8 +14,9 @@ import torch
 from ..append_plan import AppendKey
 from ..combine_plan import CombineKey
 from ..compiler import with_target
-from ..device import VARIANTS, Card
+from ..device import FAMILIES, VARIANTS, Card
 from ..plan import plan_on
+from ..problem import AttentionProblem
 from .shipped_calls import SHIPPED
 
 BF16 = torch.bfloat16
@@ -55,17 +56,20 @@ def combine_keys(variant: str) -> Iterator[CombineKey]:
         )
 
 
-def shipped_keys(variant: str) -> list[Any]:
-    """The keys of the kernels that `variant` is shipped with, in a fixed order, each once."""
+def asked(variant: str) -> Iterator[tuple[AttentionProblem, Any]]:
+    """The calls that `variant` ships kernels for, each with its kernel's key."""
     capability = next(found for found, name in VARIANTS.items() if name == variant)
     card = Card(variant, capability, NUM_SMS)
-    found: dict[Any, None] = {}
     for calls in SHIPPED:
-        for problem in calls.problems():
-            found[with_target(plan_on(problem, card).key)] = None
-    for key in (*append_keys(variant), *combine_keys(variant)):
-        found[with_target(key)] = None
-    return list(found)
+        for problem in calls.problems(FAMILIES[variant]):
+            yield problem, with_target(plan_on(problem, card).key)
+
+
+def shipped_keys(variant: str) -> list[Any]:
+    """The keys of the kernels that `variant` is shipped with, in a fixed order, each once."""
+    attention = (key for _, key in asked(variant))
+    others = map(with_target, (*append_keys(variant), *combine_keys(variant)))
+    return list(dict.fromkeys((*attention, *others)))
 
 
 def all_keys() -> list[Any]:

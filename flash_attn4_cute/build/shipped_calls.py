@@ -33,7 +33,8 @@ class Calls:
     `queries` are tokens of the longest sequence. `splits` are numbers of parts of the keys; one
     kernel serves all that are more than one, and what the plan chooses by itself is among them.
     `ratios` are query heads to a key head: the tcgen05 kernels are compiled for them, where heads
-    share tiles. `fixed` are further fields of AttentionProblem.
+    share tiles. `fixed` are further fields of AttentionProblem. `split_on` names the family of the
+    cards that get kernels for more than one split; None: all do.
     """
 
     what: str
@@ -46,6 +47,7 @@ class Calls:
     batches: tuple[int, ...] = (2,)
     ratios: tuple[int, ...] = (4,)
     fixed: tuple[tuple[str, Any], ...] = ()
+    split_on: str | None = None
 
     def kind(self) -> str:
         """What the row is of beside `what`, for README: head_dim, masks, dtypes, steps, ratios."""
@@ -58,9 +60,11 @@ class Calls:
             more.append("ratio " + " ".join(map(str, sorted(self.ratios))))
         return f"{dims}: {', '.join(more)}" if more else dims
 
-    def problems(self) -> Iterator[AttentionProblem]:
-        """The calls as the planner sees them."""
-        choices = (self.dims, self.masks, self.layouts, self.dtypes, self.queries, self.splits)
+    def problems(self, family: str) -> Iterator[AttentionProblem]:
+        """The calls as the planner sees them, on cards whose own kernels are of `family`."""
+        is_split = self.split_on in (None, family)
+        splits_here = tuple(n for n in self.splits if n == 1 or is_split)
+        choices = (self.dims, self.masks, self.layouts, self.dtypes, self.queries, splits_here)
         for dims, mask, layout, dtype, queries, splits, batch, ratio in product(
             *choices, self.batches, self.ratios
         ):
@@ -111,6 +115,9 @@ D192 = (192, 128)
 # One kernel serves all numbers of splits that are more than one, and the plan splits where there
 # would be few CTAs: in small batches, with few heads on a card, late in a prompt.
 SPLIT_OR_NOT: dict[str, Any] = {"splits": (1, 2)}
+# The plan of tcgen05 kernels splits a prompt that begins only where a card has five heads or less,
+# as it may in an engine; else few queries that go on with many keys, which engines keep in pages.
+SPLIT_ON_MMA: dict[str, Any] = SPLIT_OR_NOT | {"split_on": "sm120"}
 # Of the decode kernel: up to 16 packed rows and more, whole keys and split ones, few CTAs and many.
 DECODE: dict[str, Any] = {
     "masks": ANY, "queries": (1, 8), "splits": (1, 4), "batches": (2, 64),
@@ -126,48 +133,78 @@ USED = (("has_seqused_k", True),)
 RATIOS = (4, 8, 2, 7, 5, 1, 3, 6, 16)
 # Dense prompts of few tokens: there heads share tiles at each ratio, and CTAs are not in pairs.
 BRIEF: dict[str, Any] = {"queries": (130,), "fixed": (("seqlen_k", 1024),)}
+# Of so many, too, and CTAs are: others that are not a power of two fill their last tiles less.
+LONG: dict[str, Any] = {"queries": (12000,), "fixed": (("seqlen_k", 12000),)}
 
-PROMPTS = "prompts, dense and packed, any splits"
+PROMPTS = "prompts, dense and packed, any splits but on B200 and B300"
+SPLIT_PACKED = "prompts, packed, any splits"
 PAIRS = "long dense prompts, which pairs of CTAs work on on B200 and B300"
 _PROMPTS = (
     Calls(
         what=PROMPTS, dims=(D128,), masks=(CAUSAL,), layouts=PACKED, ratios=RATIOS, **BRIEF,
-        **SPLIT_OR_NOT,
+        **SPLIT_ON_MMA,
     ),
     # Small models: Llama 3.2 1B, SmolLM2, Qwen2.5 0.5B. Then Phi-3 mini, and Gemma 3.
     Calls(
         what=PROMPTS, dims=(D64,), masks=(CAUSAL,), layouts=PACKED, ratios=(4, 3, 7, 1), **BRIEF,
-        **SPLIT_OR_NOT,
+        **SPLIT_ON_MMA,
     ),
     Calls(
-        what=PROMPTS, dims=(D96,), masks=(CAUSAL,), layouts=PACKED, ratios=(1,), **SPLIT_OR_NOT,
+        what=PROMPTS, dims=(D96,), masks=(CAUSAL,), layouts=PACKED, ratios=(1,), **SPLIT_ON_MMA,
     ),
     Calls(
         what=PROMPTS, dims=(D256,), masks=(CAUSAL, WINDOW), layouts=PACKED, ratios=(2, 4),
-        **SPLIT_OR_NOT,
+        **SPLIT_ON_MMA,
     ),
     # Mistral and Gemma 3 27B; gpt-oss; Gemma 2.
     Calls(
-        what=PROMPTS, dims=(D128,), masks=(WINDOW,), layouts=PACKED, ratios=(4, 2), **SPLIT_OR_NOT,
+        what=PROMPTS, dims=(D128,), masks=(WINDOW,), layouts=PACKED, ratios=(4, 2), **SPLIT_ON_MMA,
     ),
     Calls(
         what=PROMPTS, dims=(D64,), masks=(CAUSAL, WINDOW), layouts=PACKED, ratios=(8,), fixed=SINK,
-        **SPLIT_OR_NOT,
+        **SPLIT_ON_MMA,
     ),
     Calls(
         what=PROMPTS, dims=(D256,), masks=(CAUSAL, WINDOW), layouts=PACKED, ratios=(2,),
-        fixed=SOFTCAP, **SPLIT_OR_NOT,
+        fixed=SOFTCAP, **SPLIT_ON_MMA,
     ),
     # Llama 2, and what is quantised by AWQ.
     Calls(
         what=PROMPTS, dims=(D128,), masks=(CAUSAL,), layouts=PACKED, dtypes=(FP16,), ratios=(4, 1),
-        **BRIEF, **SPLIT_OR_NOT,
+        **BRIEF, **SPLIT_ON_MMA,
     ),
-    Calls(what=PAIRS, dims=(D128,), masks=(CAUSAL,), layouts=(IN_ONE,), ratios=(4, 8, 2, 1, 16)),
+    Calls(
+        what="prompts, dense and packed, any splits", dims=(D128,), masks=(CAUSAL,), layouts=PACKED,
+        ratios=(4, 8), **BRIEF, **SPLIT_OR_NOT,
+    ),
+    Calls(
+        what=SPLIT_PACKED, dims=(D128,), masks=(CAUSAL,), layouts=(JOINED,), ratios=(1, 2, 5),
+        **SPLIT_OR_NOT,
+    ),
+    Calls(
+        what=SPLIT_PACKED, dims=(D128,), masks=(WINDOW,), layouts=(JOINED,), ratios=(2, 4),
+        **SPLIT_OR_NOT,
+    ),
+    Calls(
+        what=SPLIT_PACKED, dims=(D256,), masks=(CAUSAL, WINDOW), layouts=(JOINED,), ratios=(2,),
+        **SPLIT_OR_NOT,
+    ),
+    Calls(
+        what=SPLIT_PACKED, dims=(D256,), masks=(CAUSAL, WINDOW), layouts=(JOINED,), ratios=(2,),
+        fixed=SOFTCAP, **SPLIT_OR_NOT,
+    ),
+    Calls(
+        what=SPLIT_PACKED, dims=(D128,), masks=(CAUSAL,), layouts=(JOINED,), dtypes=(FP16,),
+        ratios=(1, 4), **SPLIT_OR_NOT,
+    ),
+    Calls(
+        what=PAIRS, dims=(D128,), masks=(CAUSAL,), layouts=(IN_ONE,), ratios=RATIOS, **LONG,
+    ),
     Calls(
         what=PAIRS, dims=(D128,), masks=(CAUSAL,), layouts=(IN_ONE,), dtypes=(FP16,), ratios=(4, 1),
+        **LONG,
     ),
-    Calls(what=PAIRS, dims=(D192,), masks=(CAUSAL,), layouts=(IN_ONE,), ratios=(1,)),
+    Calls(what=PAIRS, dims=(D192,), masks=(CAUSAL,), layouts=(IN_ONE,), ratios=(1,), **LONG),
     # Latent attention: new tokens, and in a launch of its own what they see of earlier ones.
     Calls(
         what="prompts, dense and packed", dims=(D192,), masks=(CAUSAL,), layouts=PACKED,
@@ -178,7 +215,7 @@ _PROMPTS = (
         fixed=LSE,
     ),
     Calls(
-        what="prompts, packed, any splits", dims=(D192,), masks=(FULL,), layouts=(JOINED,),
+        what=SPLIT_PACKED, dims=(D192,), masks=(FULL,), layouts=(JOINED,),
         ratios=(1,), fixed=LSE, **SPLIT_OR_NOT,
     ),
     # Attention whose results are merged: rings, shared prefixes.
@@ -250,14 +287,12 @@ _PAGED = (
     Calls(
         what=CHUNKS16, dims=(D128,), masks=(CAUSAL,), layouts=(P16,), ratios=RATIOS, **SPLIT_OR_NOT,
     ),
-    Calls(
-        what=CHUNKS16, dims=(D64,), masks=(CAUSAL,), layouts=(P16,), ratios=(4, 7), **SPLIT_OR_NOT,
-    ),
+    Calls(what=CHUNKS16, dims=(D64,), masks=(CAUSAL,), layouts=(P16,), **SPLIT_OR_NOT),
     Calls(
         what=CHUNKS16, dims=(D96,), masks=(CAUSAL,), layouts=(P16,), ratios=(1,), **SPLIT_OR_NOT,
     ),
     Calls(
-        what=CHUNKS16, dims=(D256,), masks=(CAUSAL, WINDOW), layouts=(P16,), ratios=(2, 4),
+        what=CHUNKS16, dims=(D256,), masks=(CAUSAL, WINDOW), layouts=(P16,), ratios=(2,),
         **SPLIT_OR_NOT,
     ),
     Calls(
