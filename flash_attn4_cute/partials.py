@@ -10,11 +10,11 @@ from .checks import FLOAT_DTYPES, refuse
 
 
 def check_partial(out: Tensor, lse: Tensor, names: tuple[str, str], stacked: bool) -> None:
-    """`lse` holds one float32 per row of `out`, as the attention functions return them.
+    """`lse` holds one float32 per row of `out`.
 
     Args:
         out: (b, s, h, d_v) or (total, h, d_v); with `stacked`, a leading dimension of partials.
-        lse: float32 (b, h, s) or (h, total), with the same leading dimension.
+        lse: float32 (b, h, s) or (h, total); with `stacked`, as `out` without its last dimension.
         names: what the caller calls the two.
     """
     for name, tensor in zip(names, (out, lse), strict=True):
@@ -40,7 +40,11 @@ def check_partial(out: Tensor, lse: Tensor, names: tuple[str, str], stacked: boo
             "Stack the results that the attention functions return",
         )
     *lead, length, heads = out.shape[:-1]
-    checks.check_shape(names[1], lse, (*lead, heads, length), "one value per row, heads first")
+    if stacked:
+        meaning = "one value per row, heads last, not first as the attention functions return it"
+        checks.check_shape(names[1], lse, tuple(out.shape[:-1]), meaning)
+    else:
+        checks.check_shape(names[1], lse, (*lead, heads, length), "one value per row, heads first")
     if stacked and out.shape[0] < 1:
         raise refuse(
             ValueError, f"{names[0]}.shape[0]", 0, "there must be a part", "Pass one or more"

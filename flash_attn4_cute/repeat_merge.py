@@ -43,18 +43,16 @@ def merged_again(
     return None if found is None else found.again(outs, lses, out)
 
 
-def remember(
-    key: tuple | None, launched: tuple | None, parts: tuple[Parts, Parts], results: Parts
-) -> None:
+def remember(key: tuple | None, launched: tuple | None, outs: Parts, results: Parts) -> None:
     """Keep what one merge launched: its kernel, and what the kernel returned."""
     if key is None or launched is None or not isinstance(launched[0], Kernel):
         return
     kernel, ready = launched
-    if _misaligned((*parts[0], results[0])) or kernel.program.decisive:
+    if _misaligned((*outs, results[0])) or kernel.program.decisive:
         return
     if len(known) >= _MAX_KNOWN:
         known.clear()
-    known[key] = RepeatedMerge(kernel, ready, len(parts[0]), results)
+    known[key] = RepeatedMerge(kernel, ready, len(outs), results)
 
 
 def _misaligned(tensors: Parts) -> int:
@@ -69,7 +67,9 @@ class RepeatedMerge:
 
     def __init__(self, kernel: Kernel, ready: ReadyCall, num_outs: int, results: Parts):
         self.ready = ready
-        self.new_out, self.new_lse = (contiguous(x.shape, x.dtype) for x in results)
+        out, lse = results
+        self.new_out = contiguous(out.shape, out.dtype)
+        self.new_lse = tuple(lse.shape), lse.stride(), lse.dtype
         # The fields of CombineArgs: parts, their LSEs, out, lse; parts may be pairs.
         first = (0, num_outs, 2 * num_outs, 2 * num_outs + 1)
         paths = [found.path[1:] for found in kernel.pointer_inputs]

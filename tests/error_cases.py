@@ -78,7 +78,7 @@ def combine(**changes):
     """The same for flash_attn_combine, 3 parts."""
     arguments = {
         "out_partial": rand(3, BATCH, SQ, HEADS, DIM),
-        "lse_partial": rand(3, BATCH, HEADS, SQ),
+        "lse_partial": rand(3, BATCH, SQ, HEADS),
         "out": torch.full((BATCH, SQ, HEADS, DIM), SENTINEL),
     }
     return "flash_attn_combine", arguments | changes
@@ -462,11 +462,12 @@ CASES = {
     ),
     # merging
     "layout of lse_partial": (
-        combine(lse_partial=rand(3, BATCH, SQ, HEADS)),
-        "ValueError | lse_partial.shape=(3, 2, 3, 4): must be one value per row | lse_partial",
+        combine(lse_partial=rand(3, BATCH, HEADS, SQ)),
+        "ValueError | lse_partial.shape=(3, 2, 4, 3): must be one value per row, heads last"
+        " | lse_partial",
     ),
     "dtype of lse_partial": (
-        combine(lse_partial=rand(3, BATCH, HEADS, SQ, dtype=torch.float16)),
+        combine(lse_partial=rand(3, BATCH, SQ, HEADS, dtype=torch.float16)),
         "TypeError | lse_partial.dtype=torch.float16: must be torch.float32"
         " | lse_partial.to(torch.float32)",
     ),
@@ -475,7 +476,7 @@ CASES = {
         "ValueError | out_partial.shape=(3, 4, 16): must be (parts,) +  | Stack the results",
     ),
     "no parts": (
-        combine(out_partial=rand(0, BATCH, SQ, HEADS, DIM), lse_partial=rand(0, BATCH, HEADS, SQ)),
+        combine(out_partial=rand(0, BATCH, SQ, HEADS, DIM), lse_partial=rand(0, BATCH, SQ, HEADS)),
         "ValueError | out_partial.shape[0]=0: there must be a part | one or more",
     ),
     "out_dtype": (

@@ -135,7 +135,7 @@ def test_a_merge_is_refused_before_out_is_written(fa4, launches, monkeypatch):
     monkeypatch.setattr(compiler, "compiled", compiled)
     out = torch.full((1, 2, 4, 64), SENTINEL).to(BF16)
     with pytest.raises(RuntimeError, match="JIT=0"):
-        fa4.flash_attn_combine(normal(parts, *out.shape), torch.zeros(parts, 1, 4, 2), out=out)
+        fa4.flash_attn_combine(normal(parts, *out.shape), torch.zeros(parts, 1, 2, 4), out=out)
     assert (out == SENTINEL).all() and out.data_ptr() not in written
 
 

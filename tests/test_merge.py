@@ -44,11 +44,26 @@ def test_combine_of_splits_is_the_whole(fa4, device, cuts, packed):
     lse = torch.stack([x for _, x in pieces]).float().to(device)
     if not packed:
         out, lse = out[:, None], lse[:, None]
-    got, got_lse = fa4.flash_attn_combine(out, lse)
+    got, got_lse = fa4.flash_attn_combine(out, lse.mT)
     if not packed:
         got, got_lse = got[0], got_lse[0]
     close(got.cpu(), whole.out)
-    close(got_lse.cpu(), whole.lse)
+    close(got_lse.mT.cpu(), whole.lse)
+
+
+def test_combine_takes_the_layout_of_its_name(fa4, device):
+    """LSEs with heads last in and out, as in FlashAttention-4, also where heads could be rows."""
+    gen = torch.Generator().manual_seed(0)
+    out, lse = (torch.randn(3, 2, 8, 8, *d, generator=gen).to(device) for d in ((16,), ()))
+    weights = lse.double().softmax(0)[..., None]
+    truth, truth_lse = (weights * out.double()).sum(0).cpu(), lse.double().logsumexp(0).cpu()
+    for _ in range(2):  # the second is the first again
+        got, got_lse = fa4.flash_attn_combine(out, lse)
+        close(got.cpu(), truth)
+        close(got_lse.cpu(), truth_lse)
+    found = fa4.flash_attn_combine(out[:, 0], lse[:, 0], return_lse=False)
+    close(found[0].cpu(), truth[0])
+    assert found[1] is None
 
 
 @pytest.mark.parametrize("cut", [0, 1, 64, 120])
@@ -75,9 +90,9 @@ def test_an_empty_part_may_hold_anything(fa4, device):
     out[1, :, :5] = math.nan
     lse[1, :, :, :5] = -math.inf
     out[:, :, 7], lse[:, :, :, 7] = math.nan, -math.inf
-    got, got_lse = fa4.flash_attn_combine(out, lse)
+    got, got_lse = fa4.flash_attn_combine(out, lse.mT)
     assert torch.equal(got[:, :5], out[0, :, :5])
-    assert (got[:, 7] == 0).all() and (got_lse[:, :, 7] == -math.inf).all()
+    assert (got[:, 7] == 0).all() and (got_lse[:, 7] == -math.inf).all()
     assert got.isfinite().all()
 
 
@@ -88,9 +103,9 @@ def test_sizes_far_apart(fa4, device):
     for heavy, by in ((0, 200.0), (1, 200.0), (0, 2000.0)):
         tilted = lse.clone()
         tilted[heavy] += by
-        got, got_lse = fa4.flash_attn_combine(out, tilted)
+        got, got_lse = fa4.flash_attn_combine(out, tilted.mT)
         assert torch.equal(got, out[heavy])
-        torch.testing.assert_close(got_lse, tilted[heavy])
+        torch.testing.assert_close(got_lse.mT, tilted[heavy])
 
 
 def test_order_of_merging_does_not_matter(fa4, device):
@@ -114,7 +129,7 @@ def test_captured_merges_replay(fa4, device):
 
     def call():
         two = fa4.merge_attention_states(outs[0], lses[0], outs[1], lses[1])
-        return *fa4.flash_attn_combine(outs, lses), *two
+        return *fa4.flash_attn_combine(outs, lses.mT), *two
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -127,7 +142,7 @@ def test_captured_merges_replay(fa4, device):
         graph.replay()
         for got, wanted in zip(captured, call(), strict=True):
             assert torch.equal(got, wanted)
-        assert torch.equal(captured[0], captured[2]) and torch.equal(captured[1], captured[3])
+        assert torch.equal(captured[0], captured[2]) and torch.equal(captured[1].mT, captured[3])
 
 
 def test_cascade_shared_prefix_then_own_keys(fa4, device):

@@ -102,7 +102,7 @@ def combine_call(fa4, q, k, v):
         fa4.flash_attn_func(q, k[:, s], v[:, s], return_lse=True) for s in (slice(9), slice(9, 30))
     ]
     return fa4.flash_attn_combine(
-        torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts])
+        torch.stack([out for out, _ in parts]), torch.stack([lse.mT for _, lse in parts])
     )
 
 

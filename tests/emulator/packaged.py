@@ -131,7 +131,8 @@ def merge(fa4: ModuleType, key: CombineKey) -> None:
     if key.packed:
         out, lse, truth, truth_lse = out[:, 0], lse[:, 0], truth[0], truth_lse[0]
     if key.stacked:
-        got, got_lse = fa4.flash_attn_combine(out, lse, out_dtype=key.out_dtype)
+        got, got_lse = fa4.flash_attn_combine(out, lse.mT, out_dtype=key.out_dtype)
+        got_lse = got_lse.mT
     else:
         got, got_lse = fa4.merge_attention_states(out[0], lse[0], out[1], lse[1])
     close(got, truth, key.out_dtype)

@@ -363,7 +363,7 @@ def test_a_repeated_merge_passes_other_addresses_and_nothing_else(fa4, on_gpu, s
     found = []
     for first, second in ((0, 1), (2, 8), (7, 3)):
         if stacked:
-            parts = (room[first : first + 2], lses[first : first + 2])
+            parts = (room[first : first + 2], lses[first : first + 2].mT)
             answer = fa4.flash_attn_combine(*parts, out_dtype=torch.float32)
         else:
             parts = (room[first], lses[first], room[second], lses[second])

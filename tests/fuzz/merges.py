@@ -68,7 +68,8 @@ def verify(package: ModuleType, value: Merge, device: torch.device) -> None:
     if value.pair:
         got, got_lse = package.merge_attention_states(out[0], lse[0], out[1], lse[1])
     else:
-        got, got_lse = package.flash_attn_combine(out, lse, out_dtype=value.out_dtype)
+        got, got_lse = package.flash_attn_combine(out, lse.mT, out_dtype=value.out_dtype)
+        got_lse = got_lse.mT
     for x, before in zip((out, lse), kept, strict=True):
         same_bits(x, before)
     dtype = value.dtype if value.pair or value.out_dtype is None else value.out_dtype

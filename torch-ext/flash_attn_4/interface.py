@@ -329,19 +329,25 @@ def flash_attn_combine(
     *,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Merge attention results over disjoint sets of keys, exactly, on any device.
+
+    The layout of LSEs is that of this function in FlashAttention-3 and 4, heads last, and not the
+    one in which the attention functions return them: `lse.transpose(-1, -2)` leads from one to the
+    other without a copy.
 
     Args:
         out_partial: (parts, b, s, h, d_v) or (parts, total, h, d_v): stacked results.
-        lse_partial: float32 (parts, b, h, s) or (parts, h, total): their LSEs. Parts with -inf
-            (or +inf, which FlashAttention-2 writes for rows without keys) are not read.
+        lse_partial: float32 (parts, b, s, h) or (parts, total, h), any strides: their LSEs. Parts
+            with -inf (or +inf, which FlashAttention-2 writes for rows without keys) are not read.
         out: where to write the result; None allocates it.
         out_dtype: dtype of the result; None: out_partial's.
+        return_lse: False: None in the place of lse.
 
     Returns:
-        (out, lse) over all keys, lse float32. Differentiable in both arguments.
-        Method: Rabe and Staats 2021, section 2.
+        (out, lse) over all keys, lse float32 (b, s, h) or (total, h). Differentiable in both
+        arguments. Method: Rabe and Staats 2021, section 2.
 
     Raises:
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
@@ -350,12 +356,12 @@ def flash_attn_combine(
     outs, lses = (out_partial,), (lse_partial,)
     key = repeat_merge.key_of(outs, lses, out, out_dtype)
     again = repeat_merge.merged_again(key, outs, lses, out)
-    if again is not None:
-        return again
-    check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
-    dtype = out_partial.dtype if out_dtype is None else out_dtype
-    check_combined(out, out_partial, dtype)
-    return merged(outs, lses, out, dtype, key)
+    if again is None:
+        check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
+        dtype = out_partial.dtype if out_dtype is None else out_dtype
+        check_combined(out, out_partial, dtype)
+        again = merged(outs, lses, out, dtype, key)
+    return again if return_lse else (again[0], None)
 
 
 def merge_attention_states(

@@ -22,20 +22,25 @@ def merged(
 ) -> tuple[Tensor, Tensor]:
     """(out in `dtype`, lse) of one stack of parts, or of two parts.
 
-    What was launched is remembered under `key`, see `repeat_merge`.
+    LSEs have heads last in and of a stack, and first with two parts. What was launched is
+    remembered under `key`, see `repeat_merge`.
     """
     stacked = len(outs) == 1
+    if stacked:
+        lses = (lses[0].transpose(-1, -2),)
     if not execute.has_kernels(outs[0].device) or needs_grad(*outs, *lses):
         both = (x[0] if stacked else torch.stack(x) for x in (outs, lses))
         total, lse = combine_parts(*both)
-        return total.to(dtype) if out is None else out.copy_(total), lse
+        total = total.to(dtype) if out is None else out.copy_(total)
+        return total, lse.transpose(-1, -2) if stacked else lse
     first, first_lse = (x[0][0] if stacked else x[0] for x in (outs, lses))
     if out is None:
         out = first.new_empty(first.shape, dtype=dtype)
     lse = first_lse.new_empty(first_lse.shape)
+    returned = lse.transpose(-1, -2) if stacked else lse
     if torch.compiler.is_compiling() or type(outs[0]) not in (Tensor, torch.nn.Parameter):
         ops.merge(out, lse, list(outs), list(lses))
     else:
         launched = execute.merge(outs, lses, out, lse)
-        repeat_merge.remember(key, launched, (outs, lses), (out, lse))
-    return out, lse
+        repeat_merge.remember(key, launched, outs, (out, returned))
+    return out, returned
