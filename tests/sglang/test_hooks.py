@@ -129,9 +129,16 @@ def test_the_rest_is_left_to_sglang(sglang, monkeypatch, caplog):
     for named in ({"qv": q}, {"sfk": q}, {"rel_bias": q}):
         assert flash_attn_4_sglang.attend(original, q, q, q, causal=True, **named) is q
         assert seen.pop() == {"causal": True, **named}
+    # SGLang 0.5.23 stores a cache divided by its factors, and prefills by fa4 without them.
+    pages, factor = q.to(torch.float8_e4m3fn), torch.ones(1, HEADS)
+    for named in ({}, {"k_descale": factor}, {"v_descale": factor}):
+        assert flash_attn_4_sglang.attend(original, q, pages, pages, **named) is q
+        assert seen.pop() == named
+    assert flash_attn_4_sglang.attend(original, q, q, q, None, None, q, causal=True) is q
     wide = torch.randn(3, HEADS, 512)
     assert flash_attn_4_sglang.attend(original, wide, wide, wide) is wide
-    assert "head_dim 512" in caplog.text and "qv" in caplog.text
+    for reason in ("head_dim 512", "qv", "without k_descale", "3 positional"):
+        assert reason in caplog.text
 
 
 def test_every_argument_of_sglangs_is_known(sglang, kernel):

@@ -19,7 +19,7 @@ VERSION = 1  # of the kernel's interface, a branch v1 on the Hub
 TARGET = "sglang.kernels.ops.attention.flash_attention_v4.flash_attn_varlen_func"
 # Arguments of SGLang's function with other names here, and those that mean nothing here.
 RENAMED = {"sinks": "s_aux", "learnable_sink": "s_aux", "return_softmax_lse": "return_lse"}
-POSITIONAL = ("cu_seqlens_q", "cu_seqlens_k")  # how SGLang's dispatcher passes them, or not at all
+POSITIONAL = ("cu_seqlens_q", "cu_seqlens_k")  # as far as SGLang's dispatcher passes any
 LEFT_TO_SGLANG = ("qv", "q_descale", "sfq", "sfk", "sfv", "rel_bias")
 MEANINGLESS = ("rel_bias_prep_cache",)  # nothing without rel_bias
 MAX_HEAD_DIM = 256
@@ -52,17 +52,21 @@ def attend(original: Callable, q: Any, k: Any, v: Any, *positional: Any, **named
     """SGLang's flash_attn_varlen_func, by the kernel where it can, else by SGLang itself.
 
     Left to SGLang, with one line in the log for each reason: MLA (qv), MXFP8 (sfq, sfk, sfv),
-    quantised queries, relative biases, head dimensions above 256 or of no multiple of 8.
+    quantised queries, float8 keys or values without factors, relative biases, head dimensions above
+    256 or of no multiple of 8.
 
     Returns:
         out, or (out, lse) with return_softmax_lse.
     """
-    if positional:
-        named |= dict(zip(POSITIONAL, positional, strict=True))
-    reason = _not_ours(q, v, named)
+    if len(positional) <= len(POSITIONAL):
+        named |= dict(zip(POSITIONAL, positional, strict=False))
+        positional = ()
+        reason = _not_ours(q, k, v, named)
+    else:
+        reason = f"{len(positional)} positional arguments behind q, k and v"
     if reason is not None:
         _say_once(reason)
-        return original(q, k, v, **named)
+        return original(q, k, v, *positional, **named)
     given = {name: value for name, value in named.items() if value is not None}
     for name in (*LEFT_TO_SGLANG, *MEANINGLESS):
         given.pop(name, None)
@@ -75,12 +79,16 @@ def attend(original: Callable, q: Any, k: Any, v: Any, *positional: Any, **named
     return kernel().flash_attn_varlen_func(q, k, v, **given)
 
 
-def _not_ours(q: Any, v: Any, named: dict[str, Any]) -> str | None:
+def _not_ours(q: Any, k: Any, v: Any, named: dict[str, Any]) -> str | None:
     for name in LEFT_TO_SGLANG:
         if named.get(name) is not None:
             return name
     if "16" not in str(q.dtype) and q.device.type == "cuda":
         return f"queries of {q.dtype}"
+    for name, tensor in (("k", k), ("v", v)):
+        # Without its factor a cache is not what SGLang stored: of a prefill by fa4 it passes none.
+        if "float8" in str(tensor.dtype) and named.get(f"{name}_descale") is None:
+            return f"{name} of {tensor.dtype} without {name}_descale"
     for dim in (q.shape[-1], v.shape[-1]):
         if dim % 8 or dim > MAX_HEAD_DIM:
             return f"head_dim {dim}"
