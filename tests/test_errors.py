@@ -59,8 +59,10 @@ def test_arguments_never_shift(fa4, function):
     too_many = {"flash_attn_func": 0, "flash_attn_varlen_func": 4, "flash_attn_with_kvcache": 2}
     with pytest.raises(TypeError, match="positional argument"):
         getattr(fa4, function)(*tensors, *[None] * too_many[function], 0.5)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'attention_chunk'"):
-        getattr(fa4, function)(*tensors, attention_chunk=4)
+    with pytest.raises(TypeError, match="argument 'softmax_scal'. Did you mean softmax_scale"):
+        getattr(fa4, function)(*tensors, softmax_scal=0.2)
+    with pytest.raises(TypeError, match="argument 'xyz'. It takes q, k"):
+        getattr(fa4, function)(*tensors, xyz=None)
 
 
 def test_errors_survive_compilation(fa4):

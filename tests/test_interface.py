@@ -181,4 +181,5 @@ def test_explain_takes_the_arguments_of_a_call(fa4, packed):
     with pytest.raises(ValueError, match="softcap=-1.0"):
         fa4.explain(*dense, softcap=-1.0)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        fa4.explain(*dense, qv=None)
+        fa4.explain(*dense, softmax_scal=None)
+    assert "dense" in fa4.explain(*dense, qv=None, return_attn_probs=False)

@@ -18,6 +18,7 @@ from .flash_attn4_cute.problem import (
     make_mask_rule,
 )
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata
+from .other_arguments import check_later, check_others
 from .request import Window, ask, send
 
 
@@ -80,15 +81,8 @@ def _flash_attn_fwd(
         TypeError, ValueError, NotImplementedError: as flash_attn_varlen_func; NotImplementedError
             for an unsupported argument that is given.
     """
-    for name, value in unsupported.items():
-        if value is not None and value is not False:
-            raise refuse(
-                NotImplementedError,
-                name,
-                type(value).__name__ if isinstance(value, Tensor) else repr(value),
-                "is not supported by _flash_attn_fwd",
-                f"Leave {name} out, or pass None",
-            )
+    if unsupported:
+        check_later(_flash_attn_fwd, unsupported)
     if min_seqlen_k is not None:
         as_int("min_seqlen_k", min_seqlen_k)
     asked = (
@@ -137,6 +131,7 @@ def get_scheduler_metadata(
     has_softcap: bool = False,
     num_splits: int = 0,
     pack_gqa: bool | None = None,
+    **unsupported: Any,
 ) -> SchedulerMetadata:
     """Decide once per step what the attention calls of all layers have in common.
 
@@ -157,6 +152,7 @@ def get_scheduler_metadata(
         causal, window_size, pack_gqa: as in flash_attn_varlen_func.
         has_softcap: whether softcap is on.
         num_splits: 0 lets the plan decide; other numbers are kept.
+        unsupported: as in flash_attn_varlen_func.
 
     Returns:
         SchedulerMetadata to pass as `scheduler_metadata=`. It holds no tensor, so it can be
@@ -165,6 +161,8 @@ def get_scheduler_metadata(
     Raises:
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
     """
+    if unsupported:
+        check_others(get_scheduler_metadata, unsupported)
     check_is_tensor("cache_seqlens", cache_seqlens)
     sizes = {
         "batch_size": batch_size,

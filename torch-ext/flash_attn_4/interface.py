@@ -23,6 +23,7 @@ from .flash_attn4_cute import repeat_merge
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
 from .flash_attn4_cute.problem import OTHERS
+from .other_arguments import check_others
 from .request import Result, Window, ask, key_lengths, one_of
 from .states import merged
 
@@ -50,6 +51,8 @@ def flash_attn_func(
     scheduler_metadata: Any = None,
     out: Tensor | None = None,
     return_lse: bool = False,
+    return_softmax_lse: bool = False,
+    **unsupported: Any,
 ) -> Result:
     """Attention over dense batches.
 
@@ -65,7 +68,12 @@ def flash_attn_func(
 
     {raises}
     """
-    sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
+    if unsupported:
+        check_others(flash_attn_func, unsupported)
+    return_lse = return_lse or return_softmax_lse
+    sink = s_aux
+    if learnable_sink is not None:
+        sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     asked = (
         causal,
         window_size,
@@ -124,6 +132,7 @@ def flash_attn_varlen_func(
     out: Tensor | None = None,
     return_lse: bool = False,
     return_softmax_lse: bool = False,
+    **unsupported: Any,
 ) -> Result:
     """Attention over sequences of different lengths, packed, padded or paged.
 
@@ -141,7 +150,6 @@ def flash_attn_varlen_func(
             sequence in order. Entries past its end may be anything and are never read.
         k_descale, v_descale: float32 (b, h_k), the factors of k and v of float8_e4m3fn. None: 1.
         {shared}
-        return_softmax_lse: the same as return_lse.
 
     Returns:
         out (total_q, h, d_v) or (b, sq, h, d_v) in q's dtype; with return_lse (out, lse), lse
@@ -149,10 +157,16 @@ def flash_attn_varlen_func(
 
     {raises}
     """
+    if unsupported:
+        check_others(flash_attn_varlen_func, unsupported)
     return_lse = return_lse or return_softmax_lse
-    table = one_of("block_table", block_table, "page_table", page_table)
-    cu_seqlens_k, seqused_k = key_lengths(table, cu_seqlens_k, seqused_k)
-    sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
+    table, sink = block_table, s_aux
+    if page_table is not None:
+        table = one_of("block_table", block_table, "page_table", page_table)
+    if learnable_sink is not None:
+        sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
+    if table is not None:
+        cu_seqlens_k, seqused_k = key_lengths(table, cu_seqlens_k, seqused_k)
     asked = (
         causal,
         window_size,
@@ -210,6 +224,7 @@ def flash_attn_with_kvcache(
     out: Tensor | None = None,
     return_lse: bool = False,
     return_softmax_lse: bool = False,
+    **unsupported: Any,
 ) -> Result:
     """Attention over a cache of keys and values, optionally after appending new ones in place.
 
@@ -239,19 +254,23 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new: int32 (b + 1,) for packed k and v; without these it has no meaning.
         max_seqlen_q: upper bound of the query lengths; None: derived from the shapes.
         {shared}
-        return_softmax_lse: the same as return_lse.
 
     Returns:
         out like q with d_v as its last dimension; with return_lse (out, lse).
 
     {raises}
     """
+    if unsupported:
+        check_others(flash_attn_with_kvcache, unsupported)
     return_lse = return_lse or return_softmax_lse
     lengths = cache_seqlens
     if lengths is not None and not (isinstance(lengths, Tensor) and lengths.dim()):
         lengths = _equal_lengths(q, lengths, cu_seqlens_q)
-    table = one_of("block_table", block_table, "page_table", page_table)
-    sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
+    table, sink = block_table, s_aux
+    if page_table is not None:
+        table = one_of("block_table", block_table, "page_table", page_table)
+    if learnable_sink is not None:
+        sink = one_of("s_aux", s_aux, "learnable_sink", learnable_sink)
     asked = (
         causal,
         window_size,
@@ -330,6 +349,7 @@ def flash_attn_combine(
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = True,
+    **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Merge attention results over disjoint sets of keys, exactly, on any device.
 
@@ -344,6 +364,7 @@ def flash_attn_combine(
         out: where to write the result; None allocates it.
         out_dtype: dtype of the result; None: out_partial's.
         return_lse: False: None in the place of lse.
+        unsupported: as in flash_attn_func.
 
     Returns:
         (out, lse) over all keys, lse float32 (b, s, h) or (total, h). Differentiable in both
@@ -353,6 +374,8 @@ def flash_attn_combine(
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
         NotImplementedError: more than 512 columns on a GPU.
     """
+    if unsupported:
+        check_others(flash_attn_combine, unsupported)
     outs, lses = (out_partial,), (lse_partial,)
     key = repeat_merge.key_of(outs, lses, out, out_dtype)
     again = repeat_merge.merged_again(key, outs, lses, out)

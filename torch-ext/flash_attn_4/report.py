@@ -17,6 +17,7 @@ from .flash_attn4_cute.problem import (
     make_mask_rule,
 )
 from .interface import flash_attn_varlen_func
+from .other_arguments import check_others
 from .request import key_lengths, needs_grad, one_of
 
 _SIGNATURE = inspect.signature(flash_attn_varlen_func)
@@ -75,6 +76,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **keywords: Any) 
     bound = _SIGNATURE.bind(q, k, v, *positional, **keywords)
     bound.apply_defaults()
     given = bound.arguments
+    check_others(flash_attn_varlen_func, given["unsupported"])
+    given["return_lse"] |= given["return_softmax_lse"]
     aux = given["aux_tensors"]
     sink = one_of("s_aux", given["s_aux"], "learnable_sink", given["learnable_sink"])
     table = one_of("block_table", given["block_table"], "page_table", given["page_table"])
