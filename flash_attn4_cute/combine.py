@@ -34,7 +34,7 @@ class PartWeights:
 
     sWeights: cute.Tensor
     end: Int32  # no part from here on has keys
-    lse: Float32  # -inf without keys
+    lse: Float32  # without keys the sink, or -inf
 
     @staticmethod
     @cute.jit
@@ -59,8 +59,9 @@ class PartWeights:
                 largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << step)
             )
             end = cutlass.max(end, cute.arch.shuffle_sync_bfly(end, offset=1 << step))
-        has_keys = largest > -Float32.inf
+        has_keys, nothing = largest > -Float32.inf, -Float32.inf
         if const_expr(sink is not None):
+            nothing = sink
             largest = cute.arch.fmax(largest, sink) if has_keys else largest
         total = Float32(0.0)
         for i in cutlass.range_constexpr(slots):
@@ -78,7 +79,7 @@ class PartWeights:
             sWeights[lane + WARP_SIZE * i] = weights[i] * inverse
         cute.arch.sync_warp()
         lse = largest + cute.math.log2(total) / LOG2_E
-        return PartWeights(sWeights, end, -Float32.inf if total == 0.0 else lse)
+        return PartWeights(sWeights, end, nothing if total == 0.0 else lse)
 
 
 class CombineKernel:

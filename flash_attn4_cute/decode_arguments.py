@@ -47,7 +47,7 @@ class CombineArgs(NamedTuple):
     `mOPartial` (parts, b, sq, h, d) or (parts, total_q, h, d), `mLSEPartial` (parts, b, h, sq) or
     (parts, h, total_q), float32; `mO` and `mLSE` without the parts. Two parts may come as a pair of
     tensors of the same strides. A part whose LSE is not finite
-    is not read. `mSink` (h,), a logit without a value, takes part in rows that have keys. With
+    is not read. `mSink` (h,), a logit without a value, takes part in every row. With
     `mCuSeqlensQ` or `mSeqUsedQ`, only rows that belong to a sequence are written.
     """
 

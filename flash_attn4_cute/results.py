@@ -47,20 +47,23 @@ def new_lse(q: Tensor, shape: Sequence[int], sparse: bool) -> Tensor:
 
 
 def clear(problem: AttentionProblem, tensors: AttentionTensors) -> None:
-    """Write what queries get that see no key, 0 and -inf, to the rows of all sequences."""
+    """Write what queries get that see no key to the rows of all sequences.
+
+    That is 0, and as log-sum-exp the sink, or -inf without one.
+    """
     out, lse = tensors.out, tensors.lse
     assert out is not None
     if problem.batch == 0:
         return
-    if not is_sparse(problem):
+    rows = _rows_of_sequences(tensors) if is_sparse(problem) else None
+    if rows is None:
         out.zero_()
-        if lse is not None:
-            lse.fill_(-torch.inf)
-        return
-    rows = _rows_of_sequences(tensors)
-    out.masked_fill_(rows[..., None, None], 0.0)
+    else:
+        out.masked_fill_(rows[..., None, None], 0.0)
     if lse is not None:
-        lse.masked_fill_(rows.unsqueeze(-2), -torch.inf)
+        sink = out.new_full((1,), -torch.inf) if tensors.sink is None else tensors.sink
+        nothing = sink.to(torch.float32)[:, None].expand(lse.shape)
+        lse.copy_(nothing if rows is None else torch.where(rows.unsqueeze(-2), nothing, lse))
 
 
 def _rows_of_sequences(tensors: AttentionTensors) -> Tensor:

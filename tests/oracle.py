@@ -11,8 +11,8 @@ aligned to the bottom right):
     LSE(i)         =  log(sum over visible j of exp(s(i, j))  +  exp(sink_h))
     out(i)         =  sum over visible j of exp(s(i, j) - LSE(i)) * dropout(i, j) * v_j
 
-A row that sees no key has out = 0 and LSE = -inf, sink or not. Key head of query head h:
-h // (h_q / h_k).
+A sum without terms is 0: a row that sees no key has out = 0, and LSE = sink_h, or -inf without a
+sink. Key head of query head h: h // (h_q / h_k).
 
 The same formulas serve at three precisions: EXACT (float64, the truth), NAIVE (every step rounded
 to the input dtype) and MIXED (scores in float32, weights in the input dtype, as every flash kernel
@@ -134,17 +134,18 @@ def scores(
 
 
 def weigh(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax weights of the rows of s and their log-sum-exp; an empty row gives 0 and -inf."""
+    """Softmax weights of the rows of s and their log-sum-exp, to both of which the sink belongs."""
     peak = s.amax(1) if s.shape[1] else s.new_full((s.shape[0],), -math.inf)
     if sink is not None:
         peak = torch.maximum(peak, sink.to(s.dtype))
     peak = torch.where(peak.isinf(), 0.0, peak).detach()
     e = torch.exp(s - peak[:, None])
-    total, blind = e.sum(1), (s == -math.inf).all(1)
+    total = e.sum(1)
     if sink is not None:
         total = total + torch.exp(sink.to(s.dtype) - peak)
-    total = torch.where(blind, 1.0, total)
-    return e / total[:, None], torch.where(blind, -math.inf, peak + torch.log(total))
+    nothing = total == 0
+    total = torch.where(nothing, 1.0, total)
+    return e / total[:, None], torch.where(nothing, -math.inf, peak + torch.log(total))
 
 
 def attend_head(

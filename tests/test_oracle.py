@@ -60,10 +60,12 @@ def test_every_spelling_of_no_window(window):
     assert oracle.visible_keys(Rule(window=window), torch.arange(4), 4, 6, (0, 0)).all()
 
 
-def test_a_sink_does_not_fill_a_row_without_keys():
+@pytest.mark.parametrize("sink", [0.5, -math.inf])
+def test_a_row_without_keys_has_the_sink_alone(sink):
+    """The softmax over {sink}, which has no value; exp(-inf) = 0 is no sink."""
     q, k, v = tokens(0, 3, 1, 4), tokens(1, 1, 1, 4), tokens(2, 1, 1, 4)
-    result = oracle.attend(q, k, v, Rule(causal=True, sink=torch.tensor([0.5])))
-    assert result.lse[0, :2].tolist() == [-math.inf, -math.inf]
+    result = oracle.attend(q, k, v, Rule(causal=True, sink=torch.tensor([sink])))
+    assert result.lse[0, :2].tolist() == [sink, sink]
     assert (result.out[:2] == 0).all()
 
 

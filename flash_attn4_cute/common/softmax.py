@@ -85,7 +85,7 @@ class OnlineSoftmax:
     ):
         """Divide O by l and write the log-sum-exp of each row; no keys: O = 0, LSE = -inf.
 
-        `sink`, a logit without a value, takes part where there are keys:
+        `sink`, a logit without a value, is what LSE is without keys. It takes part in l:
 
             l <- l + 2^(sink_log2 - m c), both taken relative to the larger of m c and sink_log2
 
@@ -97,9 +97,9 @@ class OnlineSoftmax:
                 row_sum += cute.arch.shuffle_sync_bfly(row_sum, offset=offset)
             empty = row_sum == 0.0
             m_log2 = self.row_max[r] * self.scale_log2
-            factor = Float32(1.0)
+            factor, nothing = Float32(1.0), -Float32.inf
             if const_expr(sink is not None):
-                sink_log2 = sink * LOG2_E
+                nothing, sink_log2 = sink, sink * LOG2_E
                 m_old = m_log2
                 m_log2 = cute.arch.fmax(m_old, sink_log2)
                 factor = cute.math.exp2(m_old - m_log2, fastmath=True)
@@ -109,7 +109,7 @@ class OnlineSoftmax:
             inverse = 0.0 if empty else factor * cute.arch.rcp_approx(row_sum)
             acc_O_mn[r, None] = acc_O_mn[r, None].load() * inverse
             # ln l + m * scale, with scale = c ln 2
-            lse[r] = -Float32.inf if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
+            lse[r] = nothing if empty else (cute.math.log2(row_sum) + m_log2) / LOG2_E
 
     @cute.jit
     def _lane_max(self, acc_S_mn: cute.Tensor) -> cute.Tensor:

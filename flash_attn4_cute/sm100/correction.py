@@ -121,28 +121,29 @@ class CorrectionRole:
 
     @cute.jit
     def finish(self, args: ForwardArgs, at: tuple, thread, total, m):
-        """Store the log-sum-exp, and O divided by l; a row that saw no key: O = 0, LSE = -inf.
+        """Store the log-sum-exp, and O divided by l; a row that saw no key gets what
+        `Epilogue.store_nothing` stores.
 
         `at` is the work, its Q tile, the slot of P whose products come next, and the phase in which
         O is whole: all but O is done by then. Once O has been read the products may come, while it
         is still on its way to memory.
-        A sink, a logit without a value, takes part where there are keys; see OnlineSoftmax.finish.
-        If keys are split, the merge adds it.
+        A sink, a logit without a value, takes part as in OnlineSoftmax.finish; if keys are split,
+        the merge adds it.
         """
         work, tile, slot, o_phase = at
         epilogue = self.epilogue(work, tile, thread)
         empty = total == 0.0
         m_log2 = m * args.softmax_scale * LOG2_E
-        factor = Float32(1.0)
-        if const_expr(self.score.sink is not None and args.mWorkspace is None):
-            sink_log2 = args.score.mSink[work.head_of(thread)].to(Float32) * LOG2_E
+        factor, sink, nothing = Float32(1.0), epilogue.sink(args), -Float32.inf
+        if const_expr(sink is not None):
+            nothing, sink_log2 = sink, sink * LOG2_E
             m_old = m_log2
             m_log2 = cute.arch.fmax(m_old, sink_log2)
             factor = cute.math.exp2(m_old - m_log2, fastmath=True)
             total = total * factor + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
         # ln l + m * scale, with scale = c ln 2
         lse = (cute.math.log2(total, fastmath=True) + m_log2) * (1.0 / LOG2_E)
-        epilogue.store_lse(args, -Float32.inf if empty else lse)
+        epilogue.store_lse(args, nothing if empty else lse)
         if const_expr(self.score.dropout):
             factor = factor * args.score.keep_scale
         inverse = 0.0 if empty else factor * cute.arch.rcp_approx(total)

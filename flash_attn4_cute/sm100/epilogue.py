@@ -123,11 +123,12 @@ class Epilogue:
 
     @cute.jit
     def store_nothing(self, args: ForwardArgs):
-        """What rows that see no key get: O = 0, LSE = -inf. Rare: it takes no registers.
+        """What rows that see no key get: O = 0, LSE = sink or -inf. Rare: it takes no registers.
 
         The merge of split keys does not read O of a part without keys.
         """
-        self.store_lse(args, -Float32.inf)
+        sink = self.sink(args)
+        self.store_lse(args, -Float32.inf if sink is None else sink)
         # Two questions: one is answered at trace time, one at run time.
         if const_expr(args.mWorkspace is None):  # noqa: SIM102
             if self.work.has_row(self.tile, self.thread):
@@ -137,6 +138,12 @@ class Epilogue:
                 for i in cutlass.range(cute.size(row) // self.elements, unroll=1):
                     target = cute.local_tile(row, (self.elements,), (i,))
                     _copy_vector(zeros, target, self.elements)
+
+    def sink(self, args: ForwardArgs) -> Float32 | None:
+        """The sink of this thread's row; None if it does not take part here."""
+        if args.score is None or args.score.mSink is None or args.mWorkspace is not None:
+            return None
+        return args.score.mSink[self.work.head_of(self.thread)].to(Float32)
 
     def rows_of_o(self, args: ForwardArgs) -> cute.Tensor:
         """O of this split, and of this sequence unless they are packed, as (tokens, heads, d)."""

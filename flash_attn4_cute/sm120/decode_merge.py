@@ -5,8 +5,7 @@ With m_w, l_w and O_w of warp w (see common.softmax) and M = max_w m_w,
     l = sum_w 2^((m_w - M) c) l_w        O = sum_w 2^((m_w - M) c) O_w / l
 
 always summed in the order of the warps, so that a result repeats bit for bit. A sink, a logit
-without a value, takes part where there are keys: here unless keys are split, for then `combine`
-adds it.
+without a value, takes part here, unless keys are split, for then `combine` adds it.
 """
 
 from dataclasses import dataclass
@@ -92,17 +91,17 @@ class WarpMerge:
         for w in cutlass.range_constexpr(num_warps):
             largest = cute.arch.fmax(largest, self.sMax[w, row])
         total, m_log2 = Float32(0.0), largest * scale_log2
-        sink_log2 = self._sink_log2(args, row)
-        if const_expr(sink_log2 is not None):
-            m_log2 = cute.arch.fmax(m_log2, sink_log2)
+        sink = self._sink(args, row)
+        if const_expr(sink is not None):
+            m_log2 = cute.arch.fmax(m_log2, sink * LOG2_E)
         for w in cutlass.range_constexpr(num_warps):
             m = self.sMax[w, row]
             factor = cute.math.exp2(m * scale_log2 - m_log2, fastmath=True)
             # -inf - -inf is NaN
             weights[w] = 0.0 if m == -Float32.inf else factor
             total += weights[w] * self.sSum[w, row]
-        if const_expr(sink_log2 is not None):
-            with_sink = total + cute.math.exp2(sink_log2 - m_log2, fastmath=True)
+        if const_expr(sink is not None):
+            with_sink = total + cute.math.exp2(sink * LOG2_E - m_log2, fastmath=True)
             total = 0.0 if largest == -Float32.inf else with_sink
         inverse = 0.0 if total == 0.0 else 1.0 / total
         if const_expr(args.mVDescale is not None):
@@ -112,14 +111,14 @@ class WarpMerge:
         return weights, m_log2, total
 
     @cute.jit
-    def _sink_log2(self, args: DecodeArgs, row: Int32):
-        """The sink of a row's head in powers of two; None if it does not take part here."""
-        sink_log2 = None
+    def _sink(self, args: DecodeArgs, row: Int32):
+        """The sink of a row's head; None if it does not take part here."""
+        sink = None
         mSink = None if args.score is None or args.mWorkspace is not None else args.score.mSink
         if const_expr(mSink is not None):
             _, head = self._place(row)
-            sink_log2 = Float32(mSink[head]) * LOG2_E
-        return sink_log2
+            sink = Float32(mSink[head])
+        return sink
 
     @cute.jit
     def _store_lse(self, args: DecodeArgs, thread: Int32, num_rows: Int32, scale_log2: Float32):
@@ -128,9 +127,12 @@ class WarpMerge:
             if thread < num_rows:
                 _, m_log2, total = self._weights(args, thread, scale_log2)
                 lse = (cute.math.log2(total) + m_log2) / LOG2_E
+                nothing, sink = -Float32.inf, self._sink(args, thread)
+                if const_expr(sink is not None):
+                    nothing = sink
                 token, head = self._place(thread)
                 mLSE = self._own(args, args.mLSE, 3)
-                mLSE[head, token] = -Float32.inf if total == 0.0 else lse
+                mLSE[head, token] = nothing if total == 0.0 else lse
 
     @cute.jit
     def _store_rows(self, args: DecodeArgs, thread: Int32, num_rows: Int32, scale_log2: Float32):

@@ -119,7 +119,7 @@ def attention(
     blind = hidden.all(-1)  # also if there is no key
     if sink is not None:
         logit = sink.to(scores.dtype)[:, None, None].expand(-1, sq, 1)
-        scores = torch.cat([scores, logit.masked_fill(blind[:, None], -torch.inf)], -1)
+        scores = torch.cat([scores, logit], -1)
     lse = (
         scores.logsumexp(-1) if scores.shape[-1] else scores.new_full((case.heads, sq), -torch.inf)
     )

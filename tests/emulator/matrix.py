@@ -73,7 +73,7 @@ CORE: dict[str, dict] = {
     "narrow_pair": {"d": 136, "d_v": 40, **TWO},
     "holes": {"d": 128, "causal": True, **HOLES, **APART},
     "used": {"d": 64, "causal": True, **USED, **APART},
-    "used_pair": {"d": 256, "causal": True, **USED, **APART},
+    "used_pair": {"d": 256, "causal": True, "sink": True, **USED, **APART},
     "softcap": {"softcap": 0.5, "fill": "peaked", "causal": True, **TWO},
     "negative_scale": {"softmax_scale": -0.1, "window": (70, 30), **TWO},
     "all_steps": {"softcap": 15.0, "sink": True, "alibi": "head", "d_v": 32, **UNEVEN},

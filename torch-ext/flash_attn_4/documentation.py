@@ -13,7 +13,8 @@ window_size: (left, right), how many keys before and after its own position a qu
     or -1: no limit. Together with causal: the intersection.
 softcap: c > 0 replaces each score s by c * tanh(s / c); 0.0: off.
 s_aux, learnable_sink: (h,), two names of one argument: a logit per head that takes part in each
-    softmax, and in the LSE, without a value (attention sink).
+    softmax, and in the LSE, without a value (attention sink). Of a row that sees no key it is the
+    LSE; so give it to one part alone of keys that are attended to in parts and merged.
 dropout_p: chance in [0, 1) that a probability is dropped. The mask is Philox4x32-10 with a
     seed from torch's default generator, so torch.manual_seed repeats it.
 alibi_slopes: float32 (h,) or (b, h); adds -slope * |i + sk - sq - j| to the scores.

@@ -3,9 +3,10 @@
 Conventions of all of them: scores are softmax_scale * q . k; masks are aligned at the bottom right
 (with sq queries and sk keys, query i stands on key i + sk - sq), as in FlashAttention >= 2.1; the
 log-sum-exp (LSE) is natural-log float32, of shape (b, h, sq) or (h, total_q); rows that see no key
-have out = 0 and LSE = -inf. So have rows outside every sequence, but for those of tensors that the
-caller gives to be written: there they are left as they are. A number counts by its value, whatever
-its type: 1, 1.0, True, NumPy's 1 and a 0-d CPU tensor of it are one argument.
+have out = 0 and LSE = -inf, or the sink if there is one. Rows outside every sequence have 0 and
+-inf, but for those of tensors that the caller gives to be written: there they are left as they are.
+A number counts by its value, whatever its type: 1, 1.0, True, NumPy's 1 and a 0-d CPU tensor of it
+are one argument.
 """
 
 from __future__ import annotations

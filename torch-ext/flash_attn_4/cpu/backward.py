@@ -6,7 +6,8 @@ With P = exp(S - lse), the dropout multiplier D, and row sums delta_i = dout_i .
     dQ = scale * dS K            dK = scale * dS^T Q
     dsink = -sum_i exp(sink - lse_i) delta_i
 
-(Dao et al., "FlashAttention", 2022, appendix B.2; dlse because the log-sum-exp is an output too.)
+(Dao et al., "FlashAttention", 2022, appendix B.2; dlse because the log-sum-exp is an output too.
+Rows that see no key have lse = sink: of them, dsink gets dlse.)
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class _Rows:
         if dlse is not None:
             self.delta -= group.statistics(dlse, *span)
         lse = group.statistics(tensors.lse, *span)
-        # Rows without a visible key have lse = -inf; +inf makes their probabilities exp(-inf) = 0.
+        # Rows with neither key nor sink have lse = -inf; +inf makes probabilities exp(-inf) = 0.
         self.lse = lse.masked_fill(lse == -torch.inf, torch.inf)
 
     def sink_share(self, sink: Tensor | None) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..flash_attn4_cute.problem import AttentionProblem, AttentionTensors
-from ..flash_attn4_cute.results import clear
 from ..merge import combine
 from .dropout import Dropout, make_dropout
 from .groups import Group, make_groups
@@ -27,11 +26,11 @@ _TILE_KEYS = 512
 def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     """Write tensors.out and, unless it is None, tensors.lse.
 
-    Rows that see no key get out = 0 and lse = -inf; rows outside every sequence are not written.
+    Rows that see no key get out = 0 and lse = sink, or -inf without a sink; rows outside every
+    sequence are not written.
     """
     q, out, lse = tensors.q, tensors.out, tensors.lse
     assert out is not None
-    clear(problem, tensors)
     rule = ScoreRule.of(problem, tensors)
     dropout = make_dropout(problem.dropout_p, tensors.dropout_state, problem.num_heads)
     for group in make_groups(problem, tensors):
@@ -64,10 +63,10 @@ def explain(problem: AttentionProblem) -> str:
 
 def query_tiles(group: Group, num_heads: int) -> Iterator[tuple[Group, range]]:
     """Cut a group into sets of sequences and ranges of queries whose tiles of scores fit."""
-    keys = min(group.seqlen_k, _TILE_KEYS)
-    per_sequence = max(1, num_heads * min(group.seqlen_q, 64) * keys)
+    keys = max(1, min(group.seqlen_k, _TILE_KEYS))
+    per_sequence = num_heads * min(group.seqlen_q, 64) * keys
     count = max(1, min(group.count, _TILE_ELEMENTS // per_sequence))
-    step = max(16, _TILE_ELEMENTS // max(1, count * num_heads * keys))
+    step = max(16, _TILE_ELEMENTS // (count * num_heads * keys))
     for first in range(0, group.count, count):
         sub = group.part(first, min(count, group.count - first))
         for start in range(0, group.seqlen_q, step):
@@ -181,9 +180,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """Let a logit without a value take part in each softmax.
 
-    out <- out * exp(lse - lse'), lse' = log(exp(lse) + exp(sink)); rows without keys stay 0, -inf.
+    out <- out * exp(lse - lse'), lse' = log(exp(lse) + exp(sink)); rows without keys: 0 and sink.
     """
     total = torch.logaddexp(lse, sink.to(torch.float32)[:, None])
-    empty = lse == -torch.inf
-    share = torch.exp(lse - total).masked_fill_(empty, 0.0)
-    return out * share.unsqueeze(-1), total.masked_fill_(empty, -torch.inf)
+    # -inf - -inf is NaN
+    share = torch.exp(lse - total).masked_fill_(lse == -torch.inf, 0.0)
+    return out * share.unsqueeze(-1), total

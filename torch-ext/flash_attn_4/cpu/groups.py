@@ -93,12 +93,12 @@ class Group:
 
 
 def make_groups(problem: AttentionProblem, tensors: AttentionTensors) -> list[Group]:
-    """The groups of one call, without those that have no query or no key."""
+    """The groups of one call, without those that have no query."""
     b = problem.batch
     dense = problem.q_layout is Layout.DENSE and problem.kv_layout is Layout.DENSE
     if dense and not _is_ragged(problem):
         whole = Group(first=0, count=b, seqlen_q=problem.seqlen_q, seqlen_k=problem.seqlen_k)
-        return [whole] if whole.seqlen_q and whole.seqlen_k and b else []
+        return [whole] if whole.seqlen_q and b else []
     starts_q, lengths_q = _extents(tensors.cu_seqlens_q, tensors.seqused_q, b, problem.seqlen_q)
     capacity = problem.seqlen_k
     if problem.kv_layout is Layout.PAGED:
@@ -114,14 +114,14 @@ def make_groups(problem: AttentionProblem, tensors: AttentionTensors) -> list[Gr
             first=i,
             count=1,
             seqlen_q=lengths_q[i],
-            seqlen_k=lengths_k[i],
+            seqlen_k=max(0, lengths_k[i]),
             offset_q=starts_q[i],
             offset_k=starts_k[i],
             row=rows[i],
             pages=None if tensors.page_table is None else tensors.page_table[i],
         )
         for i in range(b)
-        if lengths_q[i] > 0 and lengths_k[i] > 0
+        if lengths_q[i] > 0
     ]
 
 
