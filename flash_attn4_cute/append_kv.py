@@ -26,6 +26,7 @@ from cutlass import Constexpr, Float32, Int32, const_expr
 
 from .append_plan import AppendKey
 from .arguments import AppendArgs
+from .common.seqlen import sequence_of
 
 THREADS = 256
 
@@ -210,18 +211,7 @@ class AppendKv:
             length = Int32(cute.size(mX, mode=[1]))
             batch, index = token // length, token % length
         else:
-            # The last sequence that starts at or before the token; empty ones start where the next
-            # does. Invariant: mCuSeqlens[low] <= token < mCuSeqlens[high].
-            low, high = Int32(0), Int32(cute.size(mCuSeqlens)) - 1
-            batch, index = Int32(-1), token
-            if token < mCuSeqlens[high]:
-                while high - low > 1:
-                    middle = (low + high) // 2
-                    if mCuSeqlens[middle] <= token:
-                        low = middle
-                    else:
-                        high = middle
-                batch, index = low, token - mCuSeqlens[low]
+            batch, index = sequence_of(mCuSeqlens, token)
         return batch, index
 
     @cute.jit

@@ -17,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from .common.seqlen import extent
+from .common.seqlen import sequence_of
 from .common.softmax import LOG2_E
 from .decode_arguments import CombineArgs
 from .tiles import WARP_SIZE
@@ -100,14 +100,12 @@ class CombineKernel:
     @cute.jit
     def __call__(self, args: CombineArgs, stream):
         mO = args.mO
-        num_batch = Int32(1)
-        if const_expr(args.mCuSeqlensQ is not None):
-            num_batch = cute.size(args.mCuSeqlensQ, mode=[0]) - 1
-        elif const_expr(cute.rank(mO) == 4):
-            num_batch = cute.size(mO, mode=[0])
-        num_rows = args.max_seqlen_q * cute.size(mO, mode=[cute.rank(mO) - 2])
+        # Packed tokens count once each, whatever bound on a sequence's queries the caller knows.
+        num_tokens = Int32(cute.size(mO, mode=[0]))
+        if const_expr(cute.rank(mO) == 4):
+            num_tokens = args.max_seqlen_q * num_tokens
         self.kernel(args).launch(
-            grid=[Int32(num_rows) * num_batch, 1, 1],
+            grid=[num_tokens * cute.size(mO, mode=[cute.rank(mO) - 2]), 1, 1],
             block=[WARPS * WARP_SIZE, 1, 1],
             stream=stream,
             use_pdl=True,
@@ -128,16 +126,29 @@ class CombineKernel:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         index, _, _ = cute.arch.block_idx()
         num_heads = cute.size(args.mO, mode=[cute.rank(args.mO) - 2])
-        num_rows = args.max_seqlen_q * num_heads
-        batch, row = index // num_rows, index % num_rows
+        batch, token, head = Int32(0), index // num_heads, index % num_heads
+        if const_expr(cute.rank(args.mO) == 4):
+            batch, token = token // args.max_seqlen_q, token % args.max_seqlen_q
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        offset, seqlen = Int32(0), args.max_seqlen_q
-        if const_expr(args.mCuSeqlensQ is not None or args.mSeqUsedQ is not None):
-            offset, seqlen = extent(args.mO, args.mCuSeqlensQ, args.mSeqUsedQ, batch)
-        if row < seqlen * num_heads:
-            token, head = offset + row // num_heads, row % num_heads
+        if self.belongs(args.mCuSeqlensQ, args.mSeqUsedQ, batch, token):
             self.merge_row(args, (batch, token, head), (sWeights[warp, None], sTotals), warp)
+
+    @cute.jit
+    def belongs(self, mCuSeqlensQ, mSeqUsedQ, batch: Int32, token: Int32):
+        """Whether a token is a query of a sequence; `batch` is that of dense ones."""
+        if const_expr(mCuSeqlensQ is None and mSeqUsedQ is None):
+            found = True
+        elif const_expr(mCuSeqlensQ is None):
+            found = token < mSeqUsedQ[batch]
+        elif const_expr(mSeqUsedQ is None):
+            found = token < mCuSeqlensQ[cute.size(mCuSeqlensQ) - 1]
+        else:
+            sequence, number = sequence_of(mCuSeqlensQ, token)
+            found = sequence >= 0
+            if found:
+                found = number < mSeqUsedQ[sequence]
+        return found
 
     @cute.jit
     def merge_row(self, args: CombineArgs, place, smem, warp: Int32):

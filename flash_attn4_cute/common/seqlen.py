@@ -44,6 +44,24 @@ class SeqlenInfo:
 
 
 @cute.jit
+def sequence_of(mCuSeqlens: cute.Tensor, token: Int32):
+    """(sequence, number in it) of a token of packed sequences; (-1, .) for one that none holds."""
+    # The last sequence that starts at or before the token; empty ones start where the next does.
+    # Invariant: mCuSeqlens[low] <= token < mCuSeqlens[high].
+    low, high = Int32(0), Int32(cute.size(mCuSeqlens)) - 1
+    batch, index = Int32(-1), token
+    if token < mCuSeqlens[high]:
+        while high - low > 1:
+            middle = (low + high) // 2
+            if mCuSeqlens[middle] <= token:
+                low = middle
+            else:
+                high = middle
+        batch, index = low, token - mCuSeqlens[low]
+    return batch, index
+
+
+@cute.jit
 def extent(mX: cute.Tensor, mCuSeqlens, mSeqUsed, batch: Int32):
     """(first row, number of rows) of sequence `batch` in mX."""
     offset = Int32(0)

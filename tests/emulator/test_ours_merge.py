@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from tests.cases import BF16, F16, F32
+from tests import harness
+from tests.cases import BF16, F16, F32, Case
+from tests.fuzz.verdict import check_rest
 from tests.test_merge import close, parts
 
 from .on_cards import ARCHS, card
@@ -86,6 +88,29 @@ def test_packed_parts(fa4):
     assert got.data_ptr() == given.data_ptr()
     close(got, whole.out)
     close(got_lse.mT, whole.lse)
+
+
+@pytest.mark.parametrize("used", [None, (1, 0, 3, -1)], ids=["all", "used"])
+def test_a_cta_a_row_of_packed_queries(fa4, used):
+    """Not one for each that sequences could have: no bound is given, so all rows of each.
+
+    Empty sequences, and rows behind the last one.
+    """
+    case = Case(
+        name="packed", layout="varlen", d=64, heads=2, heads_kv=1, seqlens_q=(3, 0, 4, 1),
+        seqlens_k=(90, 5, 0, 70), used_q=used, num_splits=2, sink=True, causal=True,
+    )  # fmt: skip
+    call = harness.build(case, torch.device("cpu"))
+    del call.tensors["max_seqlen_q"]
+    call.q = torch.cat([call.q, torch.full_like(call.q[:2], math.nan)])
+    grids = []
+    with card(fa4, "sm_120a", 1) as emulator:
+        launch = emulator.host.on_launch
+        emulator.host.on_launch = lambda given: (grids.append(given.grid), launch(given))
+        out, lse = harness.run_uncut(fa4, call)
+    assert len(grids) == 2 and tuple(grids[1]) == (len(call.q) * case.heads, 1, 1)
+    harness.judge(call, harness.cut(call, out, lse))
+    check_rest(call, out, lse)
 
 
 def test_gradients_take_pytorch_operations(fa4):
