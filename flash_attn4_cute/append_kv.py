@@ -3,7 +3,7 @@
     blocks  [0, n)        keys     mKNew --rotate--> mK     at cache_seqlens + t
             [n, 2n)       values   mVNew ----------> mV     at cache_seqlens + t
             [2n, 2n + m)  queries  mQ    --rotate--> mQRotated
-            all           lengths  cache_seqlens + new tokens -> mSeqUsed
+            all           lengths  min(cache_seqlens + new tokens, capacity) -> mSeqUsed
 
 Nothing but memory traffic: each thread moves one vector of one head of one token. A token at
 position t has its first rotary_dim dimensions rotated in pairs (x, y), in float32:
@@ -136,7 +136,8 @@ class AppendKv:
             else:
                 count = Int32(cute.size(args.mKNew, mode=[1]))
             before = args.mCacheSeqlens[batch]
-            after = before + count
+            # Tokens past the capacity are dropped, and no key is read there.
+            after = cutlass.min(before + count, args.capacity)
             if before < 0:
                 after = Int32(0)
             args.mSeqUsed[batch] = after

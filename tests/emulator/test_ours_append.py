@@ -1,5 +1,7 @@
 """The append kernel on every card that it runs on, under several schedules, against the oracle."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from flash_attn4_cute.cache_update import CacheUpdate
 from flash_attn4_cute.problem import AttentionTensors
 from ptx_emulator.cli.ours import kernels_on
 
+from .. import acceptance
 from ..append_cases import (
     APPENDS,
     BEFORE,
@@ -97,15 +100,38 @@ def test_schedules(name, arch):
 
 
 def test_nothing_is_written_beyond_the_capacity():
-    """A GPU cannot check lengths without waiting: tokens past a sequence's room are dropped."""
+    """A GPU cannot check lengths without waiting: tokens past a sequence's room are dropped.
+
+    They are no keys of the attention that follows.
+    """
     how = APPENDS["dense_plain"]
     cache = Cache(how)
     cache.used[4] = CAPACITY - 2
     kept = cache.k.clone()
-    append(how, cache, "sm_120a")
+    lengths = append(how, cache, "sm_120a").seqused_k.tolist()
+    assert lengths == [5, 6, 68, 69, CAPACITY, 0]
     same_bits(cache.k[4, CAPACITY - 2 :], cache.new_k[4, :2])
     same_bits(cache.k[4, : CAPACITY - 2], kept[4, : CAPACITY - 2])
     same_bits(cache.k[5], kept[5])
+
+
+def test_no_page_beyond_the_table_is_read(fa4, monkeypatch):
+    """Behind a sequence's row of the page table is the next one's, with its pages."""
+    update = importlib.import_module(f"{fa4.__name__}.flash_attn4_cute.cache_update")
+    monkeypatch.setattr(update, "_check_update_values", lambda *given: None)  # as on a GPU
+    how = APPENDS["paged_plain"]
+    cache = Cache(how)
+    cache.table = torch.arange(2 * how.batch, dtype=torch.int32).view(how.batch, 2)
+    cache.k, cache.v = cache.k.nan_to_num(), cache.v.nan_to_num()
+    room = 2 * how.page_size
+    cache.used = torch.tensor([0, room - 2, room, -1, 3, room - 5], dtype=torch.int32)
+    with card(fa4, "sm_120a") as emulator:
+        out, lse = cache.call(fa4)
+    assert len(emulator.runs) == 2
+    lengths = [5, room, room, 0, 8, room]
+    ks, vs = (cache.sequences(which, lengths) for which in (0, 1))
+    for b, (q, k, v) in enumerate(zip(cache.qs, ks, vs, strict=True)):
+        acceptance.check(out[b], lse[b], acceptance.reference(q, k, v, how.rule), f"sequence {b}")
 
 
 @pytest.mark.parametrize("unaligned", [False, True])
