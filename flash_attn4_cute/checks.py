@@ -84,7 +84,7 @@ def as_bool(name: str, value: Any, rule: str = "True or False", way_out: str = "
 def plain(value: Any) -> Any:
     """A NumPy number or a 0-d CPU tensor as a number of Python's; what is neither as it is."""
     if type(value) is Tensor:
-        if value.dim() or not value.is_cpu:
+        if value.dim() or not value.is_cpu or value.requires_grad:
             return value
     elif getattr(value, "ndim", 1) != 0 or isinstance(value, Tensor):
         return value
@@ -110,6 +110,14 @@ def is_bound_on_device(value: Any) -> bool:
 def as_float(name: str, value: Any) -> float:
     """`value` as a finite float: numbers and 0-d CPU tensors are accepted."""
     if type(value) is not float:
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise refuse(
+                ValueError,
+                name,
+                "a tensor that requires grad",
+                "is a number and has no gradient",
+                f"Pass {name}.item(), or scale q by the tensor",
+            )
         if isinstance(value, Tensor) and value.device.type != "cpu":
             raise refuse(
                 TypeError,

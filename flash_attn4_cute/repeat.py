@@ -29,10 +29,7 @@ Launched = Sequence[tuple[Kernel, Any, ReadyCall]]  # kernels, their arguments, 
 
 _NEW = ("k_new", "v_new", "cache_seqlens", "cu_seqlens_k_new", "rotary_cos", "rotary_sin")
 _MORE = (*OTHERS, *_NEW)
-_OUT, _LSE, _CU_K, _USED_K, _SINK = map(
-    OTHERS.index, ("out", "lse", "cu_seqlens_k", "seqused_k", "sink")
-)
-_K_NEW, _V_NEW = map(_MORE.index, ("k_new", "v_new"))
+_OUT, _LSE, _CU_K, _USED_K = map(OTHERS.index, ("out", "lse", "cu_seqlens_k", "seqused_k"))
 # What kernels move 16 bytes at a time: whether they can decides which kernel it is.
 _ALIGNED = ("q", "k", "v", "out", "k_new", "v_new", "rotary_cos", "rotary_sin")
 # Where the kernels' arguments come from; those of their scores are below `score`.
@@ -125,11 +122,8 @@ def planned_bound(longest: Any, others: tuple) -> Any:
 
 
 def _is_recorded(qkv: tuple[Tensor, Tensor, Tensor], others: Others) -> bool:
-    """Whether autograd has to record the call, if it is enabled."""
-    for t in qkv:
-        if t.requires_grad:
-            return True
-    for t in () if others is None else (others[_SINK], *others[_K_NEW : _V_NEW + 1]):
+    """Whether autograd has to record the call, or it must be refused, where gradients are on."""
+    for t in qkv if others is None else qkv + others:  # noqa: SIM110 (a generator takes longer)
         if t is not None and t.requires_grad:
             return True
     return False

@@ -421,16 +421,3 @@ def _check_differentiable(tensors: AttentionTensors, options: AttentionOptions) 
             "has no gradient",
             "Call under torch.no_grad(), or express it by softcap, alibi_slopes or mask_mod",
         )
-    for name, t in (("alibi_slopes", tensors.alibi_slopes), *_named(tensors.aux_tensors)):
-        if t is not None and t.requires_grad:
-            raise refuse(
-                NotImplementedError,
-                name,
-                "a tensor that requires grad",
-                "gradients are provided for q, k, v and s_aux only",
-                f"Pass {name}.detach()",
-            )
-
-
-def _named(aux_tensors: tuple[Tensor, ...] | None) -> list[tuple[str, Tensor]]:
-    return [(f"aux_tensors[{i}]", t) for i, t in enumerate(aux_tensors or ())]

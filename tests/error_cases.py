@@ -302,9 +302,9 @@ CASES = {
         ),
         "NotImplementedError | alibi_slopes=a tensor that requires grad | alibi_slopes.detach()",
     ),
-    "appending and autograd": (
-        cache(q=rand(BATCH, 2, HEADS, DIM).requires_grad_(), out=None),
-        "NotImplementedError | requires_grad=True: a call that writes | torch.no_grad()",
+    "a learned scale": (
+        dense(softmax_scale=torch.tensor(0.3, requires_grad=True), out=None),
+        "ValueError | softmax_scale=a tensor that requires grad | softmax_scale.item()",
     ),
     # cumulative lengths
     "rank of cu_seqlens_q": (

@@ -1,5 +1,6 @@
 """Gradients of q, k, v and sinks, through out and LSE, against autograd of the float64 formulas."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -164,6 +165,58 @@ def test_only_what_asks_for_a_gradient_gets_one(fa4):
         assert [x.grad is None for x in (q, k, v)].count(True) == 2
         asked.requires_grad_(False)
         asked.grad = None
+
+
+def learned(requires_grad: bool = True):
+    """By name, a call that would forget the gradient of what its name says."""
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    leaf = torch.rand(2).requires_grad_(requires_grad)
+    factor = torch.rand(1, 2).requires_grad_(requires_grad)
+    fp8 = [x.to(torch.float8_e4m3fn) for x in (k, v)]
+
+    def biased(score, b, h, *_):
+        return score + leaf[h]
+
+    def by_aux(score, b, h, i, j, info, aux):
+        return score + aux[0][h]
+
+    dense, scale = ("flash_attn_func", (q, k, v)), {"softmax_scale": leaf[0].detach()}
+    return {
+        "alibi_slopes": (*dense, {"alibi_slopes": leaf}),
+        "aux_tensors[0]": (*dense, {"score_mod": by_aux, "aux_tensors": [leaf]}),
+        "score_mod": (*dense, {"score_mod": biased}),
+        "k_descale": ("flash_attn_varlen_func", (q, *fp8), {"k_descale": factor}),
+        "out": (*dense, {"out": torch.zeros_like(q).requires_grad_(requires_grad)}),
+        "softmax_scale": (*dense, {n: x.requires_grad_(requires_grad) for n, x in scale.items()}),
+    }
+
+
+@pytest.mark.parametrize("name", learned())
+def test_nothing_forgets_a_gradient(fa4, name):
+    """What requires grad and has none is refused by name, called before or not."""
+    function, given, options = learned(requires_grad=False)[name]
+    expected = getattr(fa4, function)(*given, **options)
+    function, _, options = learned()[name]
+    error = ValueError if name == "softmax_scale" else NotImplementedError
+    for call in (getattr(fa4, function), fa4.explain):
+        with pytest.raises(error, match=re.escape(name)):
+            call(*given, **options)
+    with torch.no_grad():
+        out = getattr(fa4, function)(*given, **options)
+    assert out.shape == expected.shape and out.grad_fn is None
+
+
+def test_a_call_that_appends_is_recorded_by_nothing(fa4):
+    """Decoding outside of torch.no_grad() works, with weights that require grad."""
+    q, k, v = (torch.randn(2, 1, 2, 8) for _ in range(3))
+    caches = [[torch.zeros(2, 4, 2, 8) for _ in range(2)] for _ in range(2)]
+    lengths = torch.tensor([1, 2], dtype=torch.int32)
+    expected = fa4.flash_attn_with_kvcache(q, *caches[0], k, v, cache_seqlens=lengths)
+    q, k, v = (x.clone().requires_grad_() * 1.0 for x in (q, k, v))
+    out = fa4.flash_attn_with_kvcache(q, *caches[1], k, v, cache_seqlens=lengths)
+    assert torch.equal(out, expected) and not out.requires_grad
+    for one, other in zip(*caches, strict=True):
+        assert torch.equal(one, other) and not other.requires_grad
 
 
 def test_gradients_repeat_bit_for_bit(fa4):

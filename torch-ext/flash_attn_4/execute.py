@@ -61,7 +61,6 @@ def checked(
     problem = AttentionProblem.from_tensors(tensors, options)
     if update is not None:
         check_cache_update(update, tensors)
-        _check_no_gradient(problem)
     return problem
 
 
@@ -185,17 +184,6 @@ def _variant(problem: AttentionProblem) -> _Variant:
             "Move q, k and v to one of them",
         )
     return _cuda()
-
-
-def _check_no_gradient(problem: AttentionProblem) -> None:
-    if problem.requires_grad:
-        raise refuse(
-            NotImplementedError,
-            "requires_grad",
-            True,
-            "a call that writes into the cache has no gradient",
-            "Call under torch.no_grad()",
-        )
 
 
 @functools.cache

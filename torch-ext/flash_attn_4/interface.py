@@ -237,7 +237,8 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (b_cache, sk, h_k, d | d_v), or (pages, page_size, h_k, d | d_v) with a
             page table, in q's dtype or both float8_e4m3fn; written where k and v are given.
         k, v: new tokens (b, s_new, h_k, d | d_v), or (total_new, h_k, d | d_v) with
-            cu_seqlens_k_new, in q's dtype. Together or not at all. Not differentiable. Tokens for
+            cu_seqlens_k_new, in q's dtype. Together or not at all. With them the call is not
+            differentiable: it runs as under torch.no_grad(), as in FlashAttention-3. Tokens for
             which the cache has no room: a ValueError on the CPU; a GPU, which does not wait for the
             lengths, drops them and attends to those that fit.
         cache_seqlens: int or int32 (b,), tokens in the cache before the call; None: all of it.

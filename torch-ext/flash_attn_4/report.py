@@ -16,9 +16,10 @@ from .flash_attn4_cute.problem import (
     AttentionTensors,
     make_mask_rule,
 )
+from .gradients import check_gradients, needs_grad
 from .interface import flash_attn_varlen_func
 from .other_arguments import check_others
-from .request import key_lengths, needs_grad, one_of
+from .request import key_lengths, one_of
 
 _SIGNATURE = inspect.signature(flash_attn_varlen_func)
 _SAME_TENSORS = (
@@ -98,6 +99,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **keywords: Any) 
         requires_grad=needs_grad(q, k, v, sink),
         **{name: given[name] for name in _SAME_OPTIONS},
     )
+    check_gradients(tensors, options)
     problem = AttentionProblem.from_tensors(tensors, options)
     if problem.device.type != "cuda":
         return f"{describe_device(problem.device)}\n{cpu.explain(problem)}"

@@ -27,6 +27,7 @@ from .flash_attn4_cute.problem import (
 from .flash_attn4_cute.repeat import Others, key_of, kind_of, planned_bound
 from .flash_attn4_cute.results import new_lse, new_out
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
+from .gradients import check_gradients, needs_grad
 
 Result = Tensor | tuple[Tensor, Tensor]
 Window = Sequence[int | None] | None
@@ -101,15 +102,6 @@ def _made_plain(asked: Asked, longest: Any) -> tuple[Asked, Any] | None:
         if type(longest) not in _PLAIN_TYPES:
             return None
     return tuple(found), longest
-
-
-def needs_grad(*tensors: Any) -> bool:
-    """Whether autograd has to record a call on these tensors."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and isinstance(t, Tensor) and t.requires_grad:
-                return True
-    return False
 
 
 def ask(
@@ -197,15 +189,18 @@ def send(
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse): through an operator where torch must see one, else straight to the variant.
 
-    Only what may be kept has a `key`. Without one, the call may still be known by its options in
-    canonical form.
+    Autograd records no call that writes into a cache, whatever requires grad. Only what may be kept
+    has a `key`. Without one, the call may still be known by its options in canonical form.
     """
     q, metadata = tensors.q, asked[-1]
-    written = () if update is None else (update.k, update.v)
-    grad = needs_grad(q, tensors.k, tensors.v, tensors.sink, *written)
+    if update is not None and torch.is_grad_enabled():
+        with torch.no_grad():
+            return send(tensors, update, asked, longest, key)
+    grad = needs_grad(q, tensors.k, tensors.v, tensors.sink)
     options = (options_of if key is None else _kept_options_of)(asked, longest, grad)
     if metadata is not None:
         options = with_metadata(metadata, tensors, options)
+    check_gradients(tensors, options)
     if options.dropout_p and isinstance(q, Tensor):
         tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
     if is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):

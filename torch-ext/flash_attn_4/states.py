@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import execute, ops
 from .flash_attn4_cute import repeat_merge
+from .gradients import needs_grad
 from .merge import combine_parts
-from .request import needs_grad
 
 Parts = tuple[Tensor, ...]
 

@@ -23,6 +23,7 @@ _TILE_ELEMENTS = 1 << 18
 _TILE_KEYS = 512
 
 
+@torch.no_grad()
 def forward(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     """Write tensors.out and, unless it is None, tensors.lse.
 
