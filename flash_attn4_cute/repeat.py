@@ -207,7 +207,8 @@ class Repeat:
     ) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse) of a call with the same key; lse is None unless it was asked for.
 
-        None if memory is not aligned, so that the call must be worked out.
+        None if memory is not aligned, so that the call must be worked out, or if the result lies on
+        an operand, so that it must be refused.
         """
         driver, device = self.driver, self.device
         if driver.current_device() != device:
@@ -215,9 +216,14 @@ class Repeat:
                 return self.again(qkv, others)
         q, k, v = qkv
         out, lse = (None, None) if others is None else (others[_OUT], others[_LSE])
+        q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
         if out is None:
             out = driver.empty(*self.new_out)
-        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+            out_at = out.data_ptr()
+        else:
+            out_at = out.data_ptr()
+            if out_at in (q_at, k_at, v_at):
+                return None
         together = q_at | k_at | v_at | out_at
         addresses = [driver.stream(device), q_at, k_at, v_at, out_at]
         if self.new_lse is not None:

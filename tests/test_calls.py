@@ -209,6 +209,50 @@ def test_compiled_calls_have_no_garbage_there(fa4):
     assert (made[:, 6:] == -torch.inf).all()
 
 
+def test_a_result_lies_apart_from_what_is_read(fa4):
+    """out in memory of q, k or v is refused; columns of one buffer that only alternate are not."""
+    q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
+    expected = fa4.flash_attn_func(q, k, v)
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        with pytest.raises(ValueError, match=f"out=memory of {name}: .* Pass another tensor"):
+            fa4.flash_attn_func(q, k, v, out=x)
+    room = torch.zeros(10 * 32)
+    shifted = room[32:288].view(q.shape).copy_(q)
+    with pytest.raises(ValueError, match="out=memory of q"):
+        fa4.flash_attn_func(shifted, k, v, out=room[:256].view(q.shape))
+    buffer = torch.zeros(1, 8, 2, 64)
+    *parts, out = buffer.split(16, dim=-1)
+    for part, x in zip(parts, (q, k, v), strict=True):
+        part.copy_(x)
+    fa4.flash_attn_func(*parts, out=out)
+    torch.testing.assert_close(out, expected)
+    table, new = int32(0, 1).view(1, 2), torch.randn(1, 1, 2, 16)
+    pages = [x.reshape(2, 4, 2, 16) for x in (k, v)]
+    given = pages[1].view(8, 1, 2, 16)[:1]
+    with pytest.raises(ValueError, match="out=memory of v_cache"):
+        fa4.flash_attn_with_kvcache(
+            new, *pages, new, new, cache_seqlens=int32(7), block_table=table, out=given
+        )
+
+
+def test_a_repeated_call_sees_it_too(fa4, short_way):
+    """And one that would forget a gradient is no repetition of one that needs none."""
+    arguments = packed()
+    for _ in range(3):
+        fa4._flash_attn_fwd(**arguments, out=torch.empty_like(arguments["q"]))
+    assert len(short_way.repeats) == 1
+    with pytest.raises(ValueError, match="out=memory of q"):
+        fa4._flash_attn_fwd(**arguments, out=arguments["q"])
+    key_of = module(fa4, "flash_attn4_cute.repeat").key_of
+    qkv, others = [arguments[name] for name in "qkv"], [None] * 13
+    others[-1] = torch.rand(4)
+    assert key_of((), None, tuple(qkv), tuple(others), None) is not None
+    others[-1].requires_grad_()
+    assert key_of((), None, tuple(qkv), tuple(others), None) is not None
+    with torch.enable_grad():
+        assert key_of((), None, tuple(qkv), tuple(others), None) is None
+
+
 # --- What an argument may be ----------------------------------------------------------------------
 
 

@@ -30,8 +30,9 @@ mask_mod: mask_mod(b, h, q_idx, kv_idx, seqlen_info, aux_tensors) -> bool, True 
     may see the key; intersected with causal and window_size.
 aux_tensors: tensors that score_mod and mask_mod read.
 scheduler_metadata: from get_scheduler_metadata; settles num_splits.
-out: where to write the result, of its shape and dtype; None allocates it. Rows of a given one that
-    belong to no sequence, behind the last of cu_seqlens or seqused, are left as they are.
+out: where to write the result, of its shape and dtype, and no part of q, k or v; None allocates it.
+    Rows of a given one that belong to no sequence, behind the last of cu_seqlens or seqused, are
+    left as they are.
 return_lse, return_softmax_lse: two names of one argument: return (out, lse) instead of out.
 unsupported: what functions of this name have in other packages (qv, attention_chunk, sm_margin,
     return_attn_probs, ...) with the value that asks for nothing; any other is refused."""

@@ -14,6 +14,7 @@ from . import cpu
 from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update, tensors_of
 from .flash_attn4_cute.checks import refuse
 from .flash_attn4_cute.likeness import Likeness
+from .flash_attn4_cute.overlap import check_apart
 from .flash_attn4_cute.problem import (
     AttentionOptions,
     AttentionProblem,
@@ -59,6 +60,7 @@ def checked(
 ) -> AttentionProblem:
     """The problem that a call poses, if its arguments agree."""
     problem = AttentionProblem.from_tensors(tensors, options)
+    check_apart(tensors, ("k", "v") if update is None else ("k_cache", "v_cache"))
     if update is not None:
         check_cache_update(update, tensors)
     return problem

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import cpu
 from .flash_attn4_cute.device import describe as describe_device
+from .flash_attn4_cute.overlap import check_apart
 from .flash_attn4_cute.problem import (
     AttentionOptions,
     AttentionProblem,
@@ -101,6 +102,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **keywords: Any) 
     )
     check_gradients(tensors, options)
     problem = AttentionProblem.from_tensors(tensors, options)
+    check_apart(tensors)
     if problem.device.type != "cuda":
         return f"{describe_device(problem.device)}\n{cpu.explain(problem)}"
     from .flash_attn4_cute.plan import make_plan

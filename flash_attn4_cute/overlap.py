@@ -1,0 +1,67 @@
+"""Whether a result lies where an operand does: kernels write the one while they read the other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .checks import refuse
+from .problem import AttentionTensors
+
+
+def check_apart(tensors: AttentionTensors, names: tuple[str, str] = ("k", "v")) -> None:
+    """A given `out` shares no memory with q, nor with k and v, which the caller knows by `names`.
+
+    Raises:
+        ValueError: naming both.
+    """
+    out = tensors.out
+    if out is None:
+        return
+    operands = (("q", tensors.q), (names[0], tensors.k), (names[1], tensors.v))
+    for name, operand in operands:
+        if overlap(out, operand):
+            raise refuse(
+                ValueError,
+                "out",
+                f"memory of {name}",
+                f"is written while {name} is still read, which makes garbage of both",
+                "Pass another tensor, or None to allocate one",
+            )
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory.
+
+    What only looks so is told apart where rows of both alternate in one buffer, as those of slices
+    of its columns do; anything more entangled counts as shared.
+    """
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    first, second = _extents(a), _extents(b)
+    begins = a.data_ptr(), b.data_ptr()
+    length_a, length_b = (sum(n * step for n, step in x) for x in (first, second))
+    if begins[0] + length_a + a.element_size() <= begins[1]:
+        return False
+    if begins[1] + length_b + b.element_size() <= begins[0]:
+        return False
+    for pitch in {step for _, step in (*first, *second)}:
+        width_a, width_b = (
+            _width(x, pitch, t.element_size()) for x, t in ((first, a), (second, b))
+        )
+        ahead = (begins[1] - begins[0]) % pitch
+        if width_a <= ahead and ahead + width_b <= pitch:
+            return False
+    return True
+
+
+def _extents(t: Tensor) -> list[tuple[int, int]]:
+    """(size - 1, stride in bytes) of the dimensions that lead to other addresses."""
+    size = t.element_size()
+    return [(n - 1, s * size) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1 and s]
+
+
+def _width(extents: list[tuple[int, int]], pitch: int, itemsize: int) -> int:
+    """Bytes that a row takes where rows begin at multiples of `pitch`; more than it if none do."""
+    if any(step % pitch for _, step in extents if step >= pitch):
+        return pitch + 1
+    return sum(n * step for n, step in extents if step < pitch) + itemsize
