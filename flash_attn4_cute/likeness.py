@@ -2,7 +2,8 @@
 
 What torch.compile guards its graphs with: PyTorch's own comparison of type, dispatch keys, dtype,
 device, shape, strides and requires_grad. It takes a third of the time in which Python reads what
-`repeat.key_of` needs.
+`repeat.key_of` needs. Dispatch keys also tell of active modes, see `watchers`, and of views whose
+values are not those in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import is_grad_enabled
+
+from .watchers import dual_levels
 
 
 def _guards() -> Any:
@@ -51,8 +54,13 @@ class Likeness:
         return None if _Guards is None else Likeness(tensors)
 
     def holds(self, tensors: tuple) -> bool:
-        """Whether `tensors`, None at the same places, are like that, and autograd need not know."""
+        """Whether `tensors`, None at the same places, are like that, and autograd need not know.
+
+        Nor need anyone else, see `watchers`.
+        """
         if self.may_be_recorded and is_grad_enabled():
+            return False
+        if dual_levels._current_level >= 0:
             return False
         # Not all() of a generator, which costs as much as a look.
         for same, pick in self.looks:  # noqa: SIM110

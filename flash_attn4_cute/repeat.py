@@ -79,8 +79,8 @@ def key_of(
     the key has what a plan sees. Addresses decide too, see `Repeat.again`.
     """
     q, k, v = qkv
-    # What torch.export traces without Dynamo is no plain tensor.
-    if is_dynamo_compiling() or type(q) is not Tensor:
+    # What torch.export traces without Dynamo is no plain tensor, and its shape no key.
+    if is_dynamo_compiling() or not (type(q) is type(k) is type(v) is Tensor):
         return None
     # True stands for the strides of a contiguous tensor: those of dimensions of size 1, in which
     # such tensors may differ, reach no address.

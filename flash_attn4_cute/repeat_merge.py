@@ -9,38 +9,52 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from .launcher.kernel import Kernel, ReadyCall
+from .likeness import Likeness
 from .repeat import contiguous
+from .watchers import is_only_memory
 
 Parts = tuple[Tensor, ...]
 
-known: dict[tuple, RepeatedMerge] = {}
+known: dict[tuple, RepeatedMerge] = {}  # by key, and the last one of each kind
 _MAX_KNOWN = 1024
 
 
-def key_of(outs: Parts, lses: Parts, out: Tensor | None, dtype: torch.dtype | None) -> tuple | None:
-    """All that decides how parts are merged, or None if it must be worked out each time."""
+def merged_again(
+    outs: Parts, lses: Parts, out: Tensor | None, dtype: torch.dtype | None
+) -> tuple[tuple | None, tuple[Tensor, Tensor] | None]:
+    """(key, (out, lse)), by the launch of an earlier merge like this one; None if there was none.
+
+    Nor is there one for memory that is not aligned as it was. The key is for `remember`.
+    """
     if is_dynamo_compiling() or not (dtype is None or type(dtype) is torch.dtype):
-        return None
-    key: list[Any] = [len(outs), dtype]
+        return None, None
+    tensors = (*outs, *lses) if out is None else (*outs, *lses, out)
+    kind = (len(outs), dtype, out is None)  # its last merge is found by a look
+    found, key = known.get(kind), None
+    if found is None or found.likeness is None or not found.likeness.holds(tensors):
+        key = _key_of(kind, tensors)
+        found = None if key is None else known.get(key)
+        if found is None:
+            return key, None
+        if found.likeness is None or not found.likeness.holds(tensors):
+            if not is_only_memory(tensors):
+                return None, None
+            found.likeness = Likeness.of(tensors)
+        known[kind] = found
+    return key, found.again(outs, lses, out)
+
+
+def _key_of(kind: tuple, tensors: Parts) -> tuple | None:
+    """All that decides how parts are merged, or None if it must be worked out each time."""
+    key: list[Any] = [*kind]
     try:
-        for t in (*outs, *lses) if out is None else (*outs, *lses, out):
+        for t in tensors:
             if type(t) is not Tensor or (t.requires_grad and is_grad_enabled()):
                 return None
             key += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
     except AttributeError:
         return None
     return tuple(key)
-
-
-def merged_again(
-    key: tuple | None, outs: Parts, lses: Parts, out: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) by the launch of an earlier merge with this key; None if there was none.
-
-    Nor is there one for memory that is not aligned as it was.
-    """
-    found = None if key is None else known.get(key)
-    return None if found is None else found.again(outs, lses, out)
 
 
 def remember(key: tuple | None, launched: tuple | None, outs: Parts, results: Parts) -> None:
@@ -67,6 +81,7 @@ class RepeatedMerge:
 
     def __init__(self, kernel: Kernel, ready: ReadyCall, num_outs: int, results: Parts):
         self.ready = ready
+        self.likeness: Likeness | None = None  # of the tensors of such a merge
         out, lse = results
         self.new_out = contiguous(out.shape, out.dtype)
         self.new_lse = tuple(lse.shape), lse.stride(), lse.dtype

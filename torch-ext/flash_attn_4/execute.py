@@ -27,6 +27,7 @@ from .flash_attn4_cute.problem import (
 from .flash_attn4_cute.repeat import Others, Repeat, key_of
 from .flash_attn4_cute.results import allocate
 from .flash_attn4_cute.values import check_values
+from .flash_attn4_cute.watchers import is_only_memory
 
 
 def attend(
@@ -77,13 +78,17 @@ class Repeats(dict[tuple, Repeat]):
     ) -> tuple[Tensor, Tensor | None] | None:
         """(out, lse) if the call is known by its key; it is the last of its kind then."""
         known = None if key is None else self.get(key)
-        found = None if known is None else known.again(qkv, others)
-        if known is not None and found is not None:
-            last = self.last.get(kind)
-            if known.likeness is None or (last is not None and last[1] is known):
-                known.likeness = Likeness.of(qkv if others is None else qkv + others)
-            if known.likeness is not None:
-                self.last[kind] = known.likeness, known
+        if known is None:
+            return None
+        tensors = qkv if others is None else qkv + others
+        if known.likeness is None or not known.likeness.holds(tensors):
+            # Strides that reach no address differ, or something must see more than memory.
+            if not is_only_memory(tensors):
+                return None
+            known.likeness = Likeness.of(tensors)
+        found = known.again(qkv, others)
+        if found is not None and known.likeness is not None:
+            self.last[kind] = known.likeness, known
         return found
 
     def clear(self) -> None:

@@ -381,8 +381,7 @@ def flash_attn_combine(
     if unsupported:
         check_others(flash_attn_combine, unsupported)
     outs, lses = (out_partial,), (lse_partial,)
-    key = repeat_merge.key_of(outs, lses, out, out_dtype)
-    again = repeat_merge.merged_again(key, outs, lses, out)
+    key, again = repeat_merge.merged_again(outs, lses, out, out_dtype)
     if again is None:
         check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
         dtype = out_partial.dtype if out_dtype is None else out_dtype
@@ -409,8 +408,7 @@ def merge_attention_states(
         NotImplementedError: more than 512 columns on a GPU.
     """
     outs, lses = (out_a, out_b), (lse_a, lse_b)
-    key = repeat_merge.key_of(outs, lses, None, None)
-    again = repeat_merge.merged_again(key, outs, lses, None)
+    key, again = repeat_merge.merged_again(outs, lses, None, None)
     if again is not None:
         return again
     check_partial(out_a, lse_a, ("out_a", "lse_a"), stacked=False)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import execute, functions
+from . import execute, flops, functions
 from ._ops import add_op_namespace_prefix
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.mask_rule import FULL
@@ -289,3 +289,17 @@ def merge(out: Tensor, lse: Tensor, outs: list[Tensor], lses: list[Tensor]) -> N
 @merge.register_fake
 def _(out: Tensor, lse: Tensor, outs: list[Tensor], lses: list[Tensor]) -> None:
     return None
+
+
+flops.formulas.update(
+    {
+        definition._opoverload.overloadpacket: formula
+        for definition, formula in (
+            (forward, flops.forward),
+            (backward, flops.backward),
+            (forward_out, flops.forward_out),
+            (with_kvcache, flops.with_kvcache),
+        )
+    }
+)
+flops.tell_counters()

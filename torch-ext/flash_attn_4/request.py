@@ -15,7 +15,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import execute, ops
 from .execute import repeats
-from .flash_attn4_cute.cache_update import CacheUpdate
+from .flash_attn4_cute.cache_update import CacheUpdate, tensors_of
 from .flash_attn4_cute.checks import check_is_tensor, is_bound_on_device, plain, refuse
 from .flash_attn4_cute.problem import (
     OTHERS,
@@ -23,10 +23,13 @@ from .flash_attn4_cute.problem import (
     AttentionProblem,
     AttentionTensors,
     make_mask_rule,
+    others_of,
 )
 from .flash_attn4_cute.repeat import Others, key_of, kind_of, planned_bound
 from .flash_attn4_cute.results import new_lse, new_out
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
+from .flash_attn4_cute.watchers import are_plain, check_level, check_tangents, is_watched
+from .flops import tell_counters
 from .gradients import check_gradients, needs_grad
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -72,6 +75,7 @@ _FIELDS = (
     "max_seqlen_q",
     "return_lse",
 )
+_NAMES = ("q", "k", "v", *OTHERS, *CacheUpdate.__slots__)
 # Of what may be kept: it neither changes nor keeps anything alive.
 _PLAIN_TYPES = frozenset({bool, int, float, type(None), SchedulerMetadata})
 
@@ -203,15 +207,34 @@ def send(
     check_gradients(tensors, options)
     if options.dropout_p and isinstance(q, Tensor):
         tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
-    if is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+    if is_compiling():
+        check_level()
         if isinstance(q, Tensor):
             return _through_operator(tensors, options, update)
+    elif _is_for_operators(tensors, update):
+        return _through_operator(tensors, options, update)
     elif options.requires_grad and update is None and tensors.out is None and tensors.lse is None:
         AttentionProblem.from_tensors(tensors, options)  # before the operator's schema complains
         return _through_operator(tensors, options, None)
     if key is None:
         return execute.attend_again(tensors, options, update)
     return execute.attend(tensors, options, update, key)
+
+
+def _is_for_operators(tensors: AttentionTensors, update: CacheUpdate | None) -> bool:
+    """Whether PyTorch's dispatcher must see a call that runs at once."""
+    given = (tensors.q, tensors.k, tensors.v, *others_of(tensors))
+    if update is not None:
+        given += tensors_of(update)
+    check_tangents(_NAMES, given)
+    given += tensors.aux_tensors or ()
+    for t in given:
+        if t is not None and not isinstance(t, Tensor):
+            return False  # as the checks will say
+    if is_watched():
+        tell_counters()
+        return True
+    return not are_plain(given)
 
 
 def _through_operator(
@@ -222,7 +245,8 @@ def _through_operator(
             NotImplementedError,
             "block_sparse_tensors",
             "given",
-            "the call cannot be compiled by torch.compile",
+            "no operator of PyTorch stands for the call, which torch.compile, dispatch modes and "
+            "subclasses of Tensor need",
             "Call it outside of the compiled function, or express the mask by mask_mod",
         )
     call = ops.flatten(tensors, options)

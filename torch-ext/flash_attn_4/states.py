@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import execute, ops
 from .flash_attn4_cute import repeat_merge
+from .flash_attn4_cute.watchers import dual_levels, is_only_memory
 from .gradients import needs_grad
 from .merge import combine_parts
 
@@ -28,7 +29,7 @@ def merged(
     stacked = len(outs) == 1
     if stacked:
         lses = (lses[0].transpose(-1, -2),)
-    if not execute.has_kernels(outs[0].device) or needs_grad(*outs, *lses):
+    if not execute.has_kernels(outs[0].device) or _is_differentiated((*outs, *lses)):
         both = (x[0] if stacked else torch.stack(x) for x in (outs, lses))
         total, lse = combine_parts(*both)
         total = total.to(dtype) if out is None else out.copy_(total)
@@ -38,9 +39,16 @@ def merged(
         out = first.new_empty(first.shape, dtype=dtype)
     lse = first_lse.new_empty(first_lse.shape)
     returned = lse.transpose(-1, -2) if stacked else lse
-    if torch.compiler.is_compiling() or type(outs[0]) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not is_only_memory((*outs, *lses, out)):
         ops.merge(out, lse, list(outs), list(lses))
     else:
         launched = execute.merge(outs, lses, out, lse)
         repeat_merge.remember(key, launched, outs, (out, returned))
     return out, returned
+
+
+def _is_differentiated(tensors: Parts) -> bool:
+    """Whether autograd has to see operations, in reverse or in forward mode."""
+    if not torch.compiler.is_compiling() and dual_levels._current_level >= 0:
+        return True
+    return needs_grad(*tensors)
