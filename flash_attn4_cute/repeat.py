@@ -10,15 +10,16 @@ no others; and rotary_interleaved, None without a CacheUpdate.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from .launcher import driver as drivers
-from .launcher.kernel import Kernel, ReadyCall, apart
+from .launcher.kernel import Kernel, Patches, ReadyCall, Writes, apart
 from .likeness import Likeness
 from .problem import OTHERS, AttentionProblem
 from .results import is_sparse
@@ -59,6 +60,7 @@ _SOURCES = {
     "mSin": "rotary_sin",
     "mBatchIdx": "kv_batch_idx",
 }
+_ALIGNED_ARGUMENTS = [name for name, source in _SOURCES.items() if source in _ALIGNED]
 # What nobody sees: one piece of memory holds all of it.
 _SCRATCH = ("mWorkspace", "mTileCounter", "mQRotated", "mSeqUsed")
 _ALIGN = 256
@@ -147,42 +149,21 @@ class Repeat:
         self.new_out = contiguous(out.shape, out.dtype)
         self.new_lse = contiguous(lse.shape, lse.dtype) if problem.return_lse else None
         self.new_scratch = contiguous((size,), torch.uint8) if size else None
-        names = self._link(launched, begins)
+        sources = tuple([_sources(kernel, arguments) for kernel, arguments, _ in launched])
+        patches = tuple([ready.patches for _, _, ready in launched])
+        self.links = links = _linked(sources, patches, begins, self.new_lse is not None)
+        self.more, self.aligned, self.derived = links.more, links.aligned, links.derived
+        self.steps = [(ready, w) for (_, _, ready), w in zip(launched, links.writes, strict=True)]
         self.fills: list[tuple[int, int, int]] = []  # (place, number of words, word)
         if is_sparse(problem):
             if not results[0]:
-                self.fills.append((names.index("out"), out.nbytes // 4, 0))
+                self.fills.append((links.names.index("out"), out.nbytes // 4, 0))
             if lse is not None and not results[1]:
-                self.fills.append((names.index("lse"), lse.numel(), _MINUS_INF))
+                self.fills.append((links.names.index("lse"), lse.numel(), _MINUS_INF))
         if getattr(arguments, "reads_counter", False):
-            scratch, begin = len(names), begins["mTileCounter"]
+            scratch, begin = len(links.names), dict(begins)["mTileCounter"]
             place = scratch + 1 + self.derived.index((scratch, begin)) if begin else scratch
             self.fills.append((place, 1, 0))
-
-    def _link(self, launched: Launched, begins: dict[str, int]) -> list[str]:
-        """Find out which address of the list goes where; the names of the first of them."""
-        found = [_sources(kernel, arguments) for kernel, arguments, _ in launched]
-        if len(found) == 2:  # attention reads what was written before it
-            written = {"seqused_k": "mSeqUsed", "q": "mQRotated"}
-            written = {name: new for name, new in written.items() if new in begins}
-            found[1] = [written.get(name, name) for name in found[1]]
-        seen = {name for names in found for name in names}
-        first = ["stream", "q", "k", "v", "out"]
-        if self.new_lse is not None:
-            first.append("lse")
-        more = [name for name in _MORE if name in seen and name not in first]
-        names = first + more
-        self.more = tuple(map(_MORE.index, more))
-        self.aligned = tuple(names.index(name) for name in more if name in _ALIGNED)
-        where = {name: (i, 0) for i, name in enumerate(names)}
-        where |= {name: (len(names), begin) for name, begin in begins.items()}
-        steps = []
-        for (_, _, ready), sources in zip(launched, found, strict=True):
-            pairs = [where[name] for name in (*sources, "stream")]
-            steps.append([(at, pairs[n][0], pairs[n][1] + more) for at, n, more in ready.patches])
-        writes, self.derived = apart(steps, len(names) + bool(begins))
-        self.steps = [(ready, w) for (_, _, ready), w in zip(launched, writes, strict=True)]
-        return names
 
     @staticmethod
     def of(
@@ -259,28 +240,74 @@ def contiguous(shape: Sequence[int], dtype: torch.dtype) -> tuple:
     return tuple(shape), tuple(reversed(strides)), dtype
 
 
-def _scratch(launched: Launched) -> tuple[int, dict[str, int]]:
+class _Links(NamedTuple):
+    """Which address of a Repeat's list goes where, and the `names` of the first of them."""
+
+    names: list[str]
+    more: tuple[int, ...]
+    aligned: tuple[int, ...]
+    writes: list[Writes]
+    derived: Writes
+
+
+@functools.lru_cache(maxsize=1024)
+def _linked(
+    sources: tuple[tuple[str, ...], ...],
+    patches: tuple[Patches, ...],
+    begins: tuple[tuple[str, int], ...],
+    has_lse: bool,
+) -> _Links:
+    """Find that out for launches that read `sources`; the same for all shapes of a kernel."""
+    found, parts = [*sources], dict(begins)
+    if len(found) == 2:  # attention reads what was written before it
+        written = {"seqused_k": "mSeqUsed", "q": "mQRotated"}
+        written = {name: new for name, new in written.items() if new in parts}
+        found[1] = tuple([written.get(name, name) for name in found[1]])
+    seen = {name for names in found for name in names}
+    first = ["stream", "q", "k", "v", "out"]
+    if has_lse:
+        first.append("lse")
+    more = [name for name in _MORE if name in seen and name not in first]
+    names = first + more
+    where = {name: (i, 0) for i, name in enumerate(names)}
+    where |= {name: (len(names), begin) for name, begin in begins}
+    steps = []
+    for places, named in zip(patches, found, strict=True):
+        pairs = [where[name] for name in (*named, "stream")]
+        steps.append([(at, pairs[n][0], pairs[n][1] + far) for at, n, far in places])
+    writes, derived = apart(steps, len(names) + bool(begins))
+    aligned = tuple(names.index(name) for name in more if name in _ALIGNED)
+    return _Links(names, tuple(map(_MORE.index, more)), aligned, writes, derived)
+
+
+def _scratch(launched: Launched) -> tuple[int, tuple[tuple[str, int], ...]]:
     """Bytes of all that nobody sees, and where each part of it begins."""
-    size, begins = 0, {}
+    size, begins = 0, []
     for _, arguments, _ in launched:
         for name in _SCRATCH:
             t = getattr(arguments, name, None)
             if t is not None:
-                begins[name] = size
+                begins.append((name, size))
                 size += -(-t.nbytes // _ALIGN) * _ALIGN
-    return size, begins
+    return size, tuple(begins)
 
 
-def _sources(kernel: Kernel, arguments: Any) -> list[str]:
+def _sources(kernel: Kernel, arguments: Any) -> tuple[str, ...]:
     """The names of what a kernel's pointers point to, in its order."""
-    names = (_name(arguments, found.path[1:]) for found in kernel.pointer_inputs)
-    return [_SOURCES.get(name, name) for name in names]
+    if kernel.sources is None:
+        names = (_name(arguments, found.path[1:]) for found in kernel.pointer_inputs)
+        kernel.sources = tuple([_SOURCES.get(name, name) for name in names])
+    return kernel.sources
 
 
 def _is_aligned(arguments: Any) -> bool:
     """Whether what of a kernel's arguments `_ALIGNED` names lies at multiples of 16 bytes."""
-    named = (getattr(arguments, name, None) for name in _SOURCES if _SOURCES[name] in _ALIGNED)
-    return not any(t.data_ptr() & 15 for t in named if t is not None)
+    together = 0
+    for name in _ALIGNED_ARGUMENTS:
+        t = getattr(arguments, name, None)
+        if t is not None:
+            together |= t.data_ptr()
+    return not together & 15
 
 
 def _name(arguments: Any, path: tuple[int, ...]) -> str:

@@ -122,6 +122,7 @@ FORWARD_PART_COST = 0.025  # one tile's partial results, written and read, share
 WORTH_IT = 0.8  # of the time without splits: a split must promise as much
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_forward_splits(tiles: int, blocks: int, num_sms: int) -> int:
     """The number of splits for the forward kernel; 1 unless they fill SMs that would lie idle."""
     if not 0 < tiles < num_sms or blocks <= 1:

@@ -12,20 +12,20 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import driver as drivers
 from .driver import NO_CONTEXT, Driver
 from .integers import signed
-from .program import POINTER, Launch, Program, evaluate
+from .program import POINTER, Launch, Program, made_function
 
 _ALIGN = 128  # of parameters, for descriptors among them
-_PARAM = struct.Struct("<Q")
+_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}  # of numbers of so many bytes
 # CUlaunchConfig: grid, block, shared memory, (padding), stream, attributes, their number.
-_CONFIG = struct.Struct("<7I4xQQI4x")
-_STREAM_AT = 32
-_ATTRIBUTE = struct.Struct("<I4x16I")
+_CONFIG_SIZE, _SHARED_AT, _STREAM_AT, _ATTRIBUTES_AT = 56, 24, 32, 40
+_ATTRIBUTE_SIZE = 72  # CUlaunchAttribute: number, (padding), 16 words
+_WORD = (1 << 64) - 1
 _MAX_READY = 4096
 # An argument as ctypes makes one of an object at each call: made once, it costs a call nothing.
 _pointer = ctypes.c_void_p.from_param
@@ -41,50 +41,20 @@ class ReadyCall:
     def __init__(self, kernel: Kernel, driver: Driver, device: int, inputs: list[int]):
         self.driver, self.device = driver, device
         self.lock = threading.Lock()
-        program = kernel.program
-        slots = evaluate(program, kernel.functions, inputs)
-        layout = _Layout(program)
+        slots, layout = kernel.evaluate(inputs), kernel.layout
         self.memory = ctypes.create_string_buffer(layout.size + _ALIGN)
         self.base = -(-ctypes.addressof(self.memory) // _ALIGN) * _ALIGN
         start = self.base - ctypes.addressof(self.memory)
-        self.bytes = memoryview(self.memory).cast("B")[start : start + layout.size]
-        self.words = (ctypes.c_uint64 * (layout.size // 8)).from_buffer(self.bytes)
+        self.words = (ctypes.c_uint64 * (layout.size // 8)).from_buffer(self.memory, start)
+        layout.write(self.memory, start, slots, self.base)
+        self.patches, self.writes, self.derived = layout.patches(slots, inputs)
         self.calls: list[tuple[Any, Any, Any, Any]] = []
-        followed = dict(program.follows)
-        pointers = kernel.pointer_numbers
-        patches: list[tuple[int, int, int]] = []
-        for launch, places in zip(program.launches, layout.launches, strict=True):
-            for place, (_, fields) in zip(places.params, launch.params, strict=True):
-                for field in fields:
-                    value = slots[field.slot]
-                    at = place + field.offset
-                    self.bytes[at : at + field.size] = value.to_bytes(field.size, "little")
-                    source = followed.get(field.slot)
-                    if source is not None:
-                        distance = signed((value - inputs[source]) % 2**64, 64)
-                        patches.append((at // 8, pointers[source], distance))
-            self._write_launch(launch, places, slots)
-            patches.append(((places.config + _STREAM_AT) // 8, len(pointers), 0))
-            config, table = (_pointer(self.base + at) for at in (places.config, places.table))
-            handle = _pointer(kernel.handle(launch.kernel, device))
-            self.calls.append((config, handle, table, None))
-        self.patches = tuple(patches)
-        (self.writes,), self.derived = apart([self.patches], len(pointers) + 1)
-        # A grid without CTAs is nothing to do, and an error for the driver.
-        self.empty = [not all(slots[x] for x in launch.grid) for launch in program.launches]
-        if any(self.empty):
-            self.calls = [c for c, none in zip(self.calls, self.empty, strict=True) if not none]
-
-    def _write_launch(self, launch: Launch, places: _Places, slots: list[int]) -> None:
-        for i, at in enumerate(places.params):
-            _PARAM.pack_into(self.bytes, places.table + 8 * i, self.base + at)
-        for i, (number, words) in enumerate(launch.attributes):
-            words = (*words, *[0] * (16 - len(words)))
-            at = places.attributes + _ATTRIBUTE.size * i
-            _ATTRIBUTE.pack_into(self.bytes, at, number, *words)
-        sizes = [slots[x] for x in (*launch.grid, *launch.block)]
-        attributes = self.base + places.attributes, len(launch.attributes)
-        _CONFIG.pack_into(self.bytes, places.config, *sizes, launch.shared_memory, 0, *attributes)
+        for launch, places in zip(kernel.program.launches, layout.launches, strict=True):
+            # A grid without CTAs is nothing to do, and an error for the driver.
+            if all(slots[x] for x in launch.grid):
+                config, table = (_pointer(self.base + at) for at in (places.config, places.table))
+                handle = _pointer(kernel.handle(launch.kernel, device))
+                self.calls.append((config, handle, table, None))
 
     def launch(self, addresses: list[int]) -> None:
         """Launch on PyTorch's current stream with these addresses, one for each tensor."""
@@ -146,32 +116,117 @@ class _Places:
             at += -(-size // _ALIGN) * _ALIGN
         self.table = at
         self.attributes = at + 8 * len(launch.params)
-        self.config = self.attributes + _ATTRIBUTE.size * len(launch.attributes)
-        self.end = -(-(self.config + _CONFIG.size) // _ALIGN) * _ALIGN
+        self.config = self.attributes + _ATTRIBUTE_SIZE * len(launch.attributes)
+        self.end = -(-(self.config + _CONFIG_SIZE) // _ALIGN) * _ALIGN
 
 
 class _Layout:
-    """Where the launches of a program lie in the memory of a call."""
+    """Where the launches of a kernel lie in the memory of a call, and what is written there.
 
-    def __init__(self, program: Program):
+    `followed` are (word, number of a pointer, slot, input of the pointer), see Program.follows.
+    `write(memory, start, slots, base)` writes all of it into `memory` from `start`, which is the
+    address `base`.
+    """
+
+    def __init__(self, program: Program, pointer_numbers: dict[int, int]):
         self.launches: list[_Places] = []
         self.size = 0
+        self._pointer_numbers = pointer_numbers
+        self.followed: list[tuple[int, int, int, int]] = []
+        follows, content = dict(program.follows), _Content()
         for launch in program.launches:
-            self.launches.append(_Places(launch, self.size))
-            self.size = self.launches[-1].end
+            places = _Places(launch, self.size)
+            self.launches.append(places)
+            self.size = places.end
+            for i, (place, (_, fields)) in enumerate(
+                zip(places.params, launch.params, strict=True)
+            ):
+                content.add(places.table + 8 * i, 8, f"base + {place}")
+                for field in fields:
+                    at = place + field.offset
+                    content.add(at, field.size, f"slots[{int(field.slot)}]")
+                    source = follows.get(field.slot)
+                    if source is not None:
+                        number = pointer_numbers[source]
+                        self.followed.append((at // 8, number, field.slot, source))
+            content.add_config(launch, places)
+        self.write = content.writer()
+        stream = len(pointer_numbers)
+        self._streams = [((x.config + _STREAM_AT) // 8, stream, 0) for x in self.launches]
+        self._patches: dict[tuple[int, ...], tuple[Patches, Writes, Writes]] = {}
+
+    def patches(self, slots: list[int], inputs: list[int]) -> tuple[Patches, Writes, Writes]:
+        """Which addresses to write where, and the same set `apart`.
+
+        The distances, which shapes may change, hardly ever differ: calls share what follows.
+        """
+        distances = tuple([slots[slot] - inputs[source] for _, _, slot, source in self.followed])
+        found = self._patches.get(distances)
+        if found is None:
+            if len(self._patches) >= _MAX_READY:
+                self._patches.clear()
+            followed = [
+                (word, number, signed(distance & _WORD, 64))
+                for (word, number, *_), distance in zip(self.followed, distances, strict=True)
+            ]
+            patches = (*followed, *self._streams)
+            (writes,), derived = apart([patches], len(self._pointer_numbers) + 1)
+            found = self._patches[distances] = patches, writes, derived
+        return found
+
+
+class _Content:
+    """The fields of a piece of memory, each an expression."""
+
+    def __init__(self) -> None:
+        self.fields: dict[int, tuple[int, str]] = {}
+
+    def add(self, at: int, size: int, expression: str) -> None:
+        """`size` bytes at `at`."""
+        self.fields[at] = size, expression
+
+    def add_config(self, launch: Launch, places: _Places) -> None:
+        """CUlaunchConfig and what it points to, but for the stream."""
+        for i, (number, words) in enumerate(launch.attributes):
+            at = places.attributes + _ATTRIBUTE_SIZE * i
+            self.add(at, 4, str(int(number)))
+            for j, word in enumerate(words):
+                self.add(at + 8 + 4 * j, 4, str(int(word)))
+        for i, at in enumerate(places.params):
+            self.add(places.table + 8 * i, 8, f"base + {at}")
+        for i, slot in enumerate((*launch.grid, *launch.block)):
+            self.add(places.config + 4 * i, 4, f"slots[{int(slot)}]")
+        self.add(places.config + _SHARED_AT, 4, str(int(launch.shared_memory)))
+        self.add(places.config + _ATTRIBUTES_AT, 8, f"base + {places.attributes}")
+        self.add(places.config + _ATTRIBUTES_AT + 8, 4, str(len(launch.attributes)))
+
+    def writer(self) -> Callable[[Any, int, list[int], int], Any]:
+        """The function that writes them all, see `_Layout`."""
+        formats, end = ["<"], 0
+        for at in sorted(self.fields):
+            size, _ = self.fields[at]
+            formats.append(f"{at - end}x{_FORMATS[size]}")
+            end = at + size
+        numbers = ", ".join(self.fields[at][1] for at in sorted(self.fields))
+        pack_into = struct.Struct("".join(formats)).pack_into
+        line = f"pack_into(memory, start, {numbers})"
+        return made_function("memory, start, slots, base", [line], [], pack_into=pack_into)
 
 
 class Kernel:
     """Machine code with a program of its launches. Called like what CuTe DSL compiles."""
 
+    sources: tuple[str, ...] | None = None  # where its pointers come from, see `repeat`
     ptx: str | None = None  # what the machine code was made of, where it was compiled
 
     def __init__(self, image: bytes, program: Program):
         self.image, self.program = image, program
-        self.functions = program.functions()
         pointers = [i for i, found in enumerate(program.inputs) if found.kind == POINTER]
         self.pointer_numbers = {source: n for n, source in enumerate(pointers)}
         self.pointer_inputs = [program.inputs[i] for i in pointers]
+        self.layout = _Layout(program, self.pointer_numbers)
+        self.read, self.evaluate = program.reader(), program.evaluator()
+        self._pointers = pointers
         self._free = [i for i in pointers if i not in program.decisive]
         self._lock = threading.Lock()
         self._loaded: tuple[Driver, int] | None = None
@@ -180,14 +235,17 @@ class Kernel:
 
     def __call__(self, arguments: Any) -> ReadyCall:
         """Launch on PyTorch's current stream of the tensors' device; the call, to be repeated."""
-        addresses = [found.read((arguments,)) for found in self.pointer_inputs]
-        ready = self.ready((arguments,))
-        ready.launch(addresses)
+        inputs = self.read((arguments,))
+        ready = self.ready((arguments,), inputs)
+        ready.launch([inputs[i] for i in self._pointers])
         return ready
 
-    def ready(self, arguments: tuple) -> ReadyCall:
-        """The call with these arguments, worked out at the first one of its kind."""
-        inputs = [found.read(arguments) for found in self.program.inputs]
+    def ready(self, arguments: tuple, inputs: list[int] | None = None) -> ReadyCall:
+        """The call with these arguments, worked out at the first one of its kind.
+
+        `inputs` is what `read` finds in them.
+        """
+        inputs = self.read(arguments) if inputs is None else inputs
         driver = drivers.cuda_driver()
         device = self._device(arguments)
         fixed = list(inputs)

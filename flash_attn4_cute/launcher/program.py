@@ -7,11 +7,11 @@ each step. It is plain JSON, so a package carries it beside a cubin.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .integers import operation
+from .integers import NAMESPACE, expression
 
 POINTER = "pointer"
 SHAPE = "shape"
@@ -34,21 +34,6 @@ class Input:
     kind: str
     width: int
     dim: int = 0
-
-    def read(self, arguments: Any) -> int:
-        """Its value in the arguments of a call, unsigned."""
-        found = arguments
-        for index in self.path:
-            found = found[index]
-        if self.kind == POINTER:
-            return found.data_ptr()
-        if self.kind == SHAPE:
-            return found.shape[self.dim]
-        if self.kind == STRIDE:
-            return found.stride(self.dim) & (1 << self.width) - 1
-        if self.kind == FLOAT32:
-            return _bits32.unpack(_float32.pack(found))[0]
-        return int(found) & (1 << self.width) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +148,60 @@ class Program:
             tuple(data["decisive"]),
         )
 
-    def functions(self) -> list[tuple[Callable[..., int], tuple[int, ...]]]:
-        """The steps, ready to be evaluated."""
-        return [(operation(s.name, s.width, s.to), s.operands) for s in self.steps]
+    def evaluator(self) -> Callable[[Sequence[int]], list[int]]:
+        """A function from the numbers of `inputs` to those in all slots."""
+        names = [f"s{i}" for i in range(len(self.inputs))]
+        lines = [f"[{', '.join(names)}] = inputs"]
+        names += [str(int(constant)) for constant in self.constants]
+        for step in self.steps:
+            operands = [names[slot] for slot in step.operands]
+            text = expression(step.name, int(step.width), int(step.to), operands)
+            lines.append(f"s{len(names)} = {text}")
+            names.append(f"s{len(names)}")
+        return made_function("inputs", lines, names)
+
+    def reader(self) -> Callable[[Any], list[int]]:
+        """A function from the nested arguments of a call to the numbers of `inputs`, unsigned."""
+        found: dict[str, int] = {}
+        lines, values = [], []
+        for i in self.inputs:
+            at = "".join(f"[{int(index)}]" for index in i.path)
+            if i.kind in (INT32, FLOAT32):
+                number = f"arguments{at}"
+                values.append(f"bits({number})" if i.kind == FLOAT32 else _masked(number, i.width))
+                continue
+            if at not in found:
+                n = found[at] = len(found)
+                lines.append(
+                    f"t{n} = arguments{at}; shape{n} = t{n}.shape; stride{n} = t{n}.stride()"
+                )
+            n = found[at]
+            if i.kind == POINTER:
+                values.append(f"t{n}.data_ptr()")
+            elif i.kind == SHAPE:
+                values.append(f"shape{n}[{int(i.dim)}]")
+            else:
+                values.append(_masked(f"stride{n}[{int(i.dim)}]", i.width))
+        return made_function("arguments", lines, values, bits=_bits)
 
 
-def evaluate(
-    program: Program, functions: list[tuple[Callable[..., int], tuple[int, ...]]], inputs: list[int]
-) -> list[int]:
-    """The values of all slots."""
-    slots = [*inputs, *program.constants]
-    append = slots.append
-    for function, operands in functions:
-        append(function(*[slots[i] for i in operands]))
-    return slots
+def _masked(number: str, width: int) -> str:
+    return f"int({number}) & {(1 << width) - 1}"
+
+
+def _bits(number: float) -> int:
+    """Those of a float32."""
+    return _bits32.unpack(_float32.pack(number))[0]
+
+
+def made_function(
+    arguments: str, lines: Sequence[str], values: Sequence[str], **names: Any
+) -> Callable:
+    """The function of `arguments` that runs `lines` and returns a list of `values`.
+
+    They may use `names` beside what expressions of `integers` call.
+    """
+    body = "\n    ".join((*lines, f"return [{', '.join(values)}]"))
+    namespace = NAMESPACE | names
+    exec(f"def function({arguments}):\n    {body}\n", namespace)
+    return namespace["function"]

@@ -20,7 +20,6 @@ from .program import (
     Launch,
     Program,
     Step,
-    evaluate,
 )
 
 _FATBIN, _ELF, _ELF_KIND = 0xBA55ED50, b"\x7fELF", 2
@@ -202,19 +201,17 @@ def _pointers(program: Program) -> tuple[tuple[tuple[int, int], ...], tuple[int,
     stored = {f.slot for launch in program.launches for _, fields in launch.params for f in fields}
     for launch in program.launches:
         stored.update(launch.grid, launch.block)
-    functions = program.functions()
+    evaluate = program.evaluator()
     # Heads are divided by those that share tiles, 128 at most, and what remains divides.
     size = 48 * 128
     base = [1 << 40 if i in pointers else size for i in range(len(program.inputs))]
-    before = evaluate(program, functions, base)
+    before = evaluate(base)
     found, decisive = [], set()
     for slot in sorted(stored & moving):
         sources, follows = set(), True
         for i in pointers:
             for shift in (16, 0x12340, 0x7FFF_FFFF_FFF0 - base[i]):
-                moved = evaluate(
-                    program, functions, [x + shift * (i == j) for j, x in enumerate(base)]
-                )
+                moved = evaluate([x + shift * (i == j) for j, x in enumerate(base)])
                 if moved[slot] != before[slot]:
                     sources.add(i)
                     follows = follows and moved[slot] == (before[slot] + shift) % 2**64
