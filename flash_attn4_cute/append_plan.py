@@ -83,6 +83,15 @@ def append_key(update: CacheUpdate, tensors: AttentionTensors) -> AppendKey:
     )
 
 
+def explain_append(key: AppendKey) -> str:
+    """What writes the new tokens, for people."""
+    rotary = f", rotated in {key.rotary_dim} dimensions, as queries are" if key.rotary_dim else ""
+    return (
+        f"append: a kernel before the attention, {key.vector} elements at a time{rotary}\n"
+        f"code of the append: {compiler.origin(key)}"
+    )
+
+
 def append(
     update: CacheUpdate,
     tensors: AttentionTensors,

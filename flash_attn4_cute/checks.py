@@ -29,7 +29,7 @@ def refuse(kind: type[_Error], argument: str, value: Any, rule: str, way_out: st
 
 
 def as_int(name: str, value: Any) -> int:
-    """`value` as an int: whole numbers of any type and 0-d integer CPU tensors are accepted.
+    """`value` as an int: whole numbers of any type and 0-d CPU tensors of such are accepted.
 
     So are True and 2.0: a call is known by its arguments, and these equal 1 and 2.
     """
@@ -45,7 +45,7 @@ def as_int(name: str, value: Any) -> int:
         )
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    whole = _whole(value)
+    whole = _whole(plain(value))
     if whole is None:
         raise refuse(
             TypeError,

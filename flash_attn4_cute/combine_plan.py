@@ -103,6 +103,21 @@ def merge(
     return None if copied else launched
 
 
+def explain(outs: tuple[Tensor, ...], out: Tensor | None, dtype: torch.dtype) -> str:
+    """What `merge` would launch, for people; `out` None is a new tensor of this dtype."""
+    stacked = len(outs) == 1
+    if out is None:
+        out = (outs[0][0] if stacked else outs[0]).new_empty(outs[0].shape[stacked:], dtype=dtype)
+    key = combine_key(outs if stacked else _alike(outs), out)
+    parts = outs[0].shape[0] if stacked else 2
+    groups = f", in groups of {MAX_SPLITS} first" if parts > MAX_SPLITS else ""
+    return (
+        f"merge: a kernel for {key.variant}, {parts} parts{groups}, "
+        f"{key.vector} elements at a time\n"
+        f"code: {compiler.origin(key)}"
+    )
+
+
 def combine_key(outs: tuple[Tensor, ...], out: Tensor) -> CombineKey:
     """The kernel that merges `outs` into `out`."""
     variant = supported_card(out.device).variant

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .append_plan import AppendKey, append_key
+from .append_plan import AppendKey, append_key, explain_append
 from .arguments import SMALLEST_SCALE, UNBOUNDED, BlockArgs, ForwardArgs, ScoreArgs
 from .block_sparse import BlockSparse, tile_lists
 from .cache_update import CacheUpdate
@@ -49,6 +49,18 @@ def prepare(
         return Prepared(plan, attention)
     key = append_key(update, tensors)
     return Prepared(plan, attention, (key, loaded(key, device)))
+
+
+def explain(
+    problem: AttentionProblem, tensors: AttentionTensors, update: CacheUpdate | None = None
+) -> str:
+    """What a call would launch, for people; raises what `prepare` refuses, but compiles nothing."""
+    text = make_plan(problem).explain()
+    if not has_work(problem, tensors):
+        text = f"no queries or no keys: the attention is not launched\n{text}"
+    if update is None:
+        return text
+    return f"{explain_append(append_key(update, tensors))}\n{text}"
 
 
 def forward(

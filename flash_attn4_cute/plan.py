@@ -71,11 +71,12 @@ class Plan:
         )
         copies = "".join(f"copied first: {name}, {why}\n" for name, why in self.misfits)
         mod = "" if key.rule.mask_mod is None else " and mask_mod"
+        split = self.num_splits > 1
         mod += " and block lists" if key.rule.block_sparse else ""
         return (
             f"{kernel}\n"
             f"mask: {'band, ' + bounds if bounds else 'full'}{mod}\n"
-            f"splits: {self.num_splits}\n"
+            f"splits: {self.num_splits}{', merged by a launch of the same code' * split}\n"
             f"{copies}"
             f"code: {compiler.origin(key)}"
         )

@@ -5,6 +5,7 @@ note that they were launched take the place of compiled ones.
 """
 
 import importlib
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -330,3 +331,73 @@ def test_every_spelling_takes_the_short_way(fa4, short_way, monkeypatch):
     for spelling in spellings:
         fa4.flash_attn_varlen_func(**given | spelling)
     assert len(short_way.repeats) == known == 3
+
+
+# --- What explain says ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explained(fa4, launches, monkeypatch):
+    """What explain says of a call on an H200, while nothing may be compiled or launched."""
+    compiler = module(fa4, "flash_attn4_cute.compiler")
+    monkeypatch.setattr(compiler, "compiled", None)
+
+    def explain(*arguments, **keywords):
+        kept = [x.clone() for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
+        text = fa4.explain(*arguments, **keywords)
+        now = [x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor)]
+        assert all(map(torch.equal, kept, now)) and not launches
+        return text
+
+    return explain
+
+
+def test_explain_names_every_kernel_of_a_call(fa4, explained):
+    """Of an append and its attention, of a merge of parts, and that where nothing is launched."""
+    text = explained(**cached(num_splits=3))
+    assert "append: a kernel" in text and "decode for sm90a" in text and "splits: 3, merged" in text
+    assert text.count("\ncode of the append: ") == text.count("\ncode: ") == 1
+    plain = cached()
+    del plain["k"], plain["v"]
+    assert "append" not in explained(**plain) and "decode for sm90a" in explained(**plain)
+    parts = normal(3, 1, 2, 4, 64)
+    assert "merge: a kernel" in explained(fa4.flash_attn_combine, parts, torch.zeros(3, 1, 2, 4))
+    nothing = normal(1, 0, 4, 64)
+    assert "not launched" in explained(nothing[:, :0], nothing, nothing)
+    assert "sm90a" in explained(fa4._flash_attn_fwd, **packed())
+
+
+@pytest.mark.parametrize("name", ["return_lse", "return_softmax_lse"])
+def test_explain_heeds_every_argument(fa4, explained, launches, monkeypatch, name):
+    """It speaks of the kernel that the call then asks for."""
+    q, told = normal(1, 512, 4, 64), []
+    compiler = module(fa4, "flash_attn4_cute.compiler")
+    monkeypatch.setattr(compiler, "origin", lambda key: told.append(key) or "somewhere")
+    for options in ({}, {name: True}, {"pack_gqa": True}, {"window_size": [9, 0]}):
+        explained(q, q, q, **options)
+    monkeypatch.setattr(compiler, "compiled", lambda key: lambda _: launches.append(key))
+    for options in ({}, {name: True}, {"pack_gqa": True}, {"window_size": [9, 0]}):
+        fa4.flash_attn_varlen_func(q, q, q, **options)
+    assert told == launches and len(set(told)) == 4
+
+
+def test_explain_raises_what_the_call_raises(fa4):
+    """What only the values show, what metadata were made for, and what an update must be."""
+    (q, starts), down = (normal(8, 2, 32, dtype=torch.float32), int32(0, 8)), int32(0, 6, 4)
+    made = fa4.get_scheduler_metadata(7, 8, 8, 2, 2, 32, int32(*[1] * 7), cu_seqlens_q=starts)
+    varlen = {"q": q, "k": q, "v": q, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    cases = [
+        (fa4.flash_attn_varlen_func, varlen | {"cu_seqlens_q": down, "cu_seqlens_k": down}),
+        (fa4.flash_attn_varlen_func, varlen | {"scheduler_metadata": made}),
+        (fa4.flash_attn_varlen_func, varlen | {"num_splits": 0.5}),
+        (fa4.flash_attn_with_kvcache, cached(cache_seqlens=int32(3, 32))),
+        (fa4.flash_attn_with_kvcache, cached(v=None)),
+        (fa4.flash_attn_with_kvcache, cached(cache_seqlens="9")),
+    ]
+    for function, arguments in cases:
+        with pytest.raises((TypeError, ValueError)) as called:
+            function(**arguments)
+        for first in ((), (function,)):
+            with pytest.raises(called.type, match=f"^{re.escape(str(called.value))}$"):
+                fa4.explain(*first, **arguments)
+    assert "append: PyTorch" in fa4.explain(**cached())

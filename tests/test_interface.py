@@ -182,4 +182,6 @@ def test_explain_takes_the_arguments_of_a_call(fa4, packed):
         fa4.explain(*dense, softcap=-1.0)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         fa4.explain(*dense, softmax_scal=None)
-    assert "dense" in fa4.explain(*dense, qv=None, return_attn_probs=False)
+    assert "dense" in fa4.explain(*dense, qv=None, cache_leftpad=None, return_attn_probs=False)
+    with pytest.raises(TypeError, match="describe neither attends nor merges"):
+        fa4.explain(fa4.describe)

@@ -67,6 +67,14 @@ def checked(
     return problem
 
 
+def explained(
+    tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None
+) -> str:
+    """What `attend` would run, or raises what it would raise; nothing is written."""
+    problem = checked(tensors, options, update)
+    return _variant(problem).explain(problem, tensors, update)
+
+
 class Repeats(dict[tuple, Repeat]):
     """By `repeat.key_of`; the last one of each kind also by `repeat.kind_of`."""
 
@@ -158,22 +166,41 @@ def merge(
     return combine_plan.merge(outs, lses, out, lse)
 
 
+def explained_merge(outs: tuple[Tensor, ...], out: Tensor | None, dtype: torch.dtype) -> str:
+    """What `merge` would run, or raises what it would raise; nothing is written."""
+    from .flash_attn4_cute import combine_plan
+
+    combine_plan.check_merge("out_partial" if len(outs) == 1 else "out_a", outs[0])
+    return combine_plan.explain(outs, out, dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class _Variant:
     """What carries out a call on one kind of device.
 
     `prepare` refuses what the others cannot do, and finds all that they need, before anything is
-    written; they get its answer. `append` carries out an update and makes the tensors ask about the
-    result. `forward` writes tensors.out and tensors.lse. Both return what was launched, if any was.
+    written; they get its answer. `explain` refuses the same, and says what would run. `append`
+    carries out an update and makes the tensors ask about the result. `forward` writes tensors.out
+    and tensors.lse. Both return what was launched, if anything was.
     """
 
     prepare: Callable[[AttentionProblem, AttentionTensors, CacheUpdate | None], Any]
+    explain: Callable[[AttentionProblem, AttentionTensors, CacheUpdate | None], str]
     append: Callable[[CacheUpdate, AttentionTensors, bool, Any], Any]
     forward: Callable[[AttentionProblem, AttentionTensors, Any], tuple | None]
 
 
+def _explained_on_cpu(
+    problem: AttentionProblem, tensors: AttentionTensors, update: CacheUpdate | None
+) -> str:
+    check_values(problem, tensors)
+    first = "" if update is None else "append: PyTorch operations, in place\n"
+    return first + cpu.explain(problem)
+
+
 _CPU = _Variant(
     lambda problem, tensors, update: check_values(problem, tensors),
+    _explained_on_cpu,
     lambda update, tensors, along, _: cpu.append_kv(update, tensors, along),
     lambda problem, tensors, _: cpu.forward(problem, tensors),
 )
@@ -200,6 +227,7 @@ def _cuda() -> _Variant:
 
     return _Variant(
         launch.prepare,
+        launch.explain,
         lambda update, tensors, along, prepared: append_plan.append(
             update, tensors, along, prepared.append
         ),

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import FunctionType, SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import execute
+from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.device import describe as describe_device
-from .flash_attn4_cute.overlap import check_apart
-from .flash_attn4_cute.problem import (
-    AttentionOptions,
-    AttentionProblem,
-    AttentionTensors,
-    make_mask_rule,
-)
-from .gradients import check_gradients, needs_grad
-from .interface import flash_attn_varlen_func
-from .other_arguments import check_others
-from .request import key_lengths, one_of
-
-_SIGNATURE = inspect.signature(flash_attn_varlen_func)
-_SAME_TENSORS = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "seqused_q",
-    "seqused_k",
-    "k_descale",
-    "v_descale",
-    "alibi_slopes",
-    "out",
-)
-_SAME_OPTIONS = (
-    "softmax_scale",
-    "softcap",
-    "score_mod",
-    "dropout_p",
-    "deterministic",
-    "num_splits",
-    "pack_gqa",
-    "max_seqlen_q",
-    "max_seqlen_k",
-    "return_lse",
-)
+from .flash_attn4_cute.problem import AttentionTensors
+from .interface import flash_attn_varlen_func, flash_attn_with_kvcache
+from .request import resolved, unpacked
+from .states import is_merged_by_kernel
 
 
 def describe() -> str:
@@ -62,49 +35,103 @@ def describe() -> str:
     )
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *positional: Any, **keywords: Any) -> str:
-    """What a call of flash_attn_varlen_func, or flash_attn_func, with these arguments would run.
+def explain(*arguments: Any, **keywords: Any) -> str:
+    """What a call with these arguments would run. Nothing is computed, compiled or written.
 
     Args:
-        q, k, v, positional, keywords: as for flash_attn_varlen_func; those of flash_attn_func are a
-            subset. Nothing is computed.
+        arguments, keywords: those of flash_attn_func, flash_attn_varlen_func, or, if one of them is
+            only known to it, flash_attn_with_kvcache. Or a function of this package that attends
+            or merges, and its arguments: explain(flash_attn_combine, out_partial, ...).
 
     Returns:
-        Text for people: the variant and why, the kernel, its tiles and the number of splits.
+        Text for people: the variant and why, each kernel of the call and where its code comes from,
+        its tiles and the number of splits.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: exactly what the call would raise.
+        TypeError, ValueError, NotImplementedError: exactly what the call would raise. A kernel that
+            cannot be compiled here is told, not raised.
     """
-    bound = _SIGNATURE.bind(q, k, v, *positional, **keywords)
-    bound.apply_defaults()
-    given = bound.arguments
-    check_others(flash_attn_varlen_func, given["unsupported"])
-    given["return_lse"] |= given["return_softmax_lse"]
-    aux = given["aux_tensors"]
-    sink = one_of("s_aux", given["s_aux"], "learnable_sink", given["learnable_sink"])
-    table = one_of("block_table", given["block_table"], "page_table", given["page_table"])
-    given["cu_seqlens_k"], given["seqused_k"] = key_lengths(
-        table, given["cu_seqlens_k"], given["seqused_k"]
-    )
-    tensors = AttentionTensors(
-        q=q,
-        k=k,
-        v=v,
-        page_table=table,
-        sink=sink,
-        aux_tensors=None if aux is None else tuple(aux),
-        **{name: given[name] for name in _SAME_TENSORS},
-    )
-    options = AttentionOptions(
-        mask=make_mask_rule(given["causal"], given["window_size"], given["mask_mod"]),
-        requires_grad=needs_grad(q, k, v, sink),
-        **{name: given[name] for name in _SAME_OPTIONS},
-    )
-    check_gradients(tensors, options)
-    problem = AttentionProblem.from_tensors(tensors, options)
-    check_apart(tensors)
-    if problem.device.type != "cuda":
-        return f"{describe_device(problem.device)}\n{cpu.explain(problem)}"
-    from .flash_attn4_cute.plan import make_plan
+    if arguments and isinstance(arguments[0], FunctionType):
+        function, arguments = arguments[0], arguments[1:]
+    else:
+        function = _function_of(arguments, keywords)
+    try:
+        _instead_of_calls(function)(*arguments, **keywords)
+    except _Answer as answer:
+        return answer.text
+    raise TypeError(f"explain: {function.__name__} neither attends nor merges. Call it instead.")
 
-    return f"{describe_device(problem.device)}\n{make_plan(problem).explain()}"
+
+def _function_of(arguments: tuple, keywords: dict[str, Any]) -> FunctionType:
+    """Which function these arguments are for."""
+    parameters, cached = (
+        inspect.signature(f).parameters for f in (flash_attn_varlen_func, flash_attn_with_kvcache)
+    )
+    given = {name for name, value in keywords.items() if value is not None}
+    named = given & (set(cached) - set(parameters))
+    appends = len(arguments) >= 3 and not {"k", "v"}.isdisjoint(given)
+    found: Any = flash_attn_with_kvcache if named or appends else flash_attn_varlen_func
+    return found
+
+
+class _Answer(Exception):
+    """What there is to say of a call, in place of its results."""
+
+    def __init__(self, device: torch.device, text: str):
+        self.text = f"{describe_device(device)}\n{text}"
+
+
+def _instead_of_calls(function: FunctionType) -> Callable[..., Any]:
+    """`function` itself, which for this once hands its request over to be explained.
+
+    So no argument is taken otherwise than the function takes it.
+    """
+    no_repeats = SimpleNamespace(key_of=lambda *_: None, merged_again=lambda *_: None)
+    others = {"ask": _asked, "send": _sent, "merged": _merged, "repeat_merge": no_repeats}
+    names = {name: x for name, x in others.items() if name in function.__globals__}
+    made = FunctionType(
+        function.__code__,
+        function.__globals__ | names,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _asked(
+    asked: tuple,
+    longest: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    others: tuple | None,
+    aux: Any = None,
+    interleaved: bool | None = None,
+    check: Callable[[Tensor, tuple], None] | None = None,
+) -> NoReturn:
+    """In place of request.ask."""
+    _sent(*unpacked(qkv, others, aux, interleaved, check), asked, longest)
+
+
+def _sent(
+    tensors: AttentionTensors, update: CacheUpdate | None, asked: tuple, longest: Any
+) -> NoReturn:
+    """In place of request.send."""
+    with nullcontext() if update is None else torch.no_grad():
+        options = resolved(tensors, asked, longest)
+        text = execute.explained(tensors, options, update)
+    raise _Answer(tensors.q.device, text)
+
+
+def _merged(
+    outs: tuple[Tensor, ...],
+    lses: tuple[Tensor, ...],
+    out: Tensor | None,
+    dtype: torch.dtype,
+    *_: Any,
+) -> NoReturn:
+    """In place of states.merged."""
+    text = "merge: PyTorch operations in float32"
+    if is_merged_by_kernel(outs, lses):
+        text = execute.explained_merge(outs, out, dtype)
+    raise _Answer(outs[0].device, text)

@@ -184,6 +184,18 @@ def options_of(asked: Asked, longest: Any, requires_grad: bool) -> AttentionOpti
 _kept_options_of = functools.lru_cache(maxsize=1024)(options_of)  # of what may be kept
 
 
+def resolved(
+    tensors: AttentionTensors, asked: Asked, longest: Any, keep: bool = False
+) -> AttentionOptions:
+    """The options of a call, with what its tensors and its metadata decide."""
+    grad = needs_grad(tensors.q, tensors.k, tensors.v, tensors.sink)
+    options = (_kept_options_of if keep else options_of)(asked, longest, grad)
+    if asked[-1] is not None:
+        options = with_metadata(asked[-1], tensors, options)
+    check_gradients(tensors, options)
+    return options
+
+
 def send(
     tensors: AttentionTensors,
     update: CacheUpdate | None,
@@ -196,15 +208,11 @@ def send(
     Autograd records no call that writes into a cache, whatever requires grad. Only what may be kept
     has a `key`. Without one, the call may still be known by its options in canonical form.
     """
-    q, metadata = tensors.q, asked[-1]
+    q = tensors.q
     if update is not None and torch.is_grad_enabled():
         with torch.no_grad():
             return send(tensors, update, asked, longest, key)
-    grad = needs_grad(q, tensors.k, tensors.v, tensors.sink)
-    options = (options_of if key is None else _kept_options_of)(asked, longest, grad)
-    if metadata is not None:
-        options = with_metadata(metadata, tensors, options)
-    check_gradients(tensors, options)
+    options = resolved(tensors, asked, longest, key is not None)
     if options.dropout_p and isinstance(q, Tensor):
         tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
     if is_compiling():

@@ -18,6 +18,11 @@ from .merge import combine_parts
 Parts = tuple[Tensor, ...]
 
 
+def is_merged_by_kernel(outs: Parts, lses: Parts) -> bool:
+    """Whether no PyTorch operations merge these parts."""
+    return execute.has_kernels(outs[0].device) and not _is_differentiated((*outs, *lses))
+
+
 def merged(
     outs: Parts, lses: Parts, out: Tensor | None, dtype: torch.dtype, key: tuple | None
 ) -> tuple[Tensor, Tensor]:
@@ -29,7 +34,7 @@ def merged(
     stacked = len(outs) == 1
     if stacked:
         lses = (lses[0].transpose(-1, -2),)
-    if not execute.has_kernels(outs[0].device) or _is_differentiated((*outs, *lses)):
+    if not is_merged_by_kernel(outs, lses):
         both = (x[0] if stacked else torch.stack(x) for x in (outs, lses))
         total, lse = combine_parts(*both)
         total = total.to(dtype) if out is None else out.copy_(total)
