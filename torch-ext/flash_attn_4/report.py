@@ -86,7 +86,7 @@ def _instead_of_calls(function: FunctionType) -> Callable[..., Any]:
 
     So no argument is taken otherwise than the function takes it.
     """
-    no_repeats = SimpleNamespace(key_of=lambda *_: None, merged_again=lambda *_: None)
+    no_repeats = SimpleNamespace(merged_again=lambda *_: (None, None))
     others = {"ask": _asked, "send": _sent, "merged": _merged, "repeat_merge": no_repeats}
     names = {name: x for name, x in others.items() if name in function.__globals__}
     made = FunctionType(
