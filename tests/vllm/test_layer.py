@@ -149,6 +149,16 @@ def test_a_mixed_batch(kernel, name, split):
     judge(made, run(made, layer(**options), metadata), Rule(causal=True, **rule))
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_batch_that_is_not_causal(kernel, window):
+    """Drafts that are made at once see each other; a window is as wide to either side."""
+    made = step()
+    made.common.causal = False
+    rule = {} if window is None else {"window": (window - 1, window - 1)}
+    outs = run(made, layer(sliding_window=window), builder().build(0, made.common))
+    judge(made, outs, Rule(**rule))
+
+
 def test_fp8_cache(kernel):
     """Keys and values are divided by the layer's scales, rounded, and multiplied when read."""
     made = step(cache_dtype=FP8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-CARDS = [(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+CARDS = [(9, 0), (10, 0), (10, 3), (10, 7), (12, 0), (12, 1), (12, 2)]
 ASKED = AttentionSelectorConfig(
     head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
 )
@@ -44,6 +45,7 @@ def choose(monkeypatch):
         {"head_size": 256, "has_sliding_window": True},
         {"has_sink": True, "block_size": 16},
         {"kv_cache_dtype": "fp8"},
+        {"use_non_causal": True},
         {"attn_type": "encoder_only", "kv_cache_dtype": None},
     ],
     ids=str,
@@ -79,6 +81,7 @@ def test_another_plugins_backend_is_left_alone():
     [
         ((8, 0), {}, "compute capability not supported"),
         ((11, 0), {}, "compute capability not supported"),
+        ((10, 1), {}, "compute capability not supported"),
         ((12, 0), {"head_size": 512}, "head_size not supported"),
         ((12, 0), {"head_size": 72, "kv_cache_dtype": "fp8"}, "multiple of 16, not 72"),
         ((12, 0), {"kv_cache_dtype": "float16"}, "needs a model of that dtype"),
@@ -97,10 +100,15 @@ def test_refused_with_the_reason(choose, card, changes, reason):
 
 
 def test_cards_are_those_of_the_kernel(kernel):
-    from flash_attn_4_vllm.backend import CAPABILITIES
+    """The plugin is asked before it has loaded the kernel, and says what the kernel would."""
+    from flash_attn_4_vllm.backend import FlashAttn4Backend
 
-    device = sys.modules[f"{kernel.__name__}.flash_attn4_cute.device"]
-    assert set(device.VARIANTS) == CAPABILITIES
+    card = sys.modules[f"{kernel.__name__}.flash_attn4_cute.device"].Card
+    for capability in itertools.starmap(
+        DeviceCapability, itertools.product(range(8, 14), range(9))
+    ):
+        admitted = FlashAttn4Backend.supports_compute_capability(capability)
+        assert admitted == (card("", tuple(capability), 1).variant is not None), capability
 
 
 def test_an_unknown_name_is_said(monkeypatch):

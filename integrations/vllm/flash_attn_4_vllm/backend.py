@@ -10,8 +10,11 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from .impl import FlashAttn4Impl
 from .metadata import FlashAttn4MetadataBuilder
 
-# Compute capabilities that the kernel repository has variants for.
-CAPABILITIES = frozenset({(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)})
+# Compute capabilities that the kernel repository has variants for, by its own rule (device.py
+# there): 9.0 alone, and all of a family; 10.1 is the first name of 11.0, which is of another one.
+CARDS = frozenset({(9, 0)})
+FAMILIES = frozenset({10, 12})
+OTHERS = frozenset({(10, 1)})
 CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_HEAD_SIZE = 256
 
@@ -57,12 +60,17 @@ class FlashAttn4Backend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_non_causal(cls) -> bool:
+        return True  # drafts that are made at once; a window is as wide to the right then
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_ONLY)
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        return (capability.major, capability.minor) in CAPABILITIES
+        card = (capability.major, capability.minor)
+        return card in CARDS or (capability.major in FAMILIES and card not in OTHERS)
 
     @classmethod
     def supports_combination(

@@ -38,12 +38,10 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.fp8 = kv_cache_dtype.startswith("fp8")
-        is_decoder = attn_type == AttentionType.DECODER
         # vLLM counts the query's own position, the kernel the positions beside it.
-        left = -1 if sliding_window is None else sliding_window - 1
+        self.window = -1 if sliding_window is None else sliding_window - 1
         self.options: dict[str, Any] = {
             "softmax_scale": self.scale,
-            "window_size": (left, -1 if left < 0 else 0 if is_decoder else left),
             "softcap": float(logits_soft_cap or 0.0),
             "s_aux": sinks,
             "alibi_slopes": None if alibi_slopes is None else torch.tensor(alibi_slopes).float(),
@@ -123,6 +121,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             seqused_k=part.seq_lens,
             block_table=part.block_table,
             causal=causal,
+            window_size=(self.window, self.window),
             out=tokens_of(part, output),
             **descales,
             **self.options,
@@ -146,6 +145,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             part.max_query_len,
             part.max_query_len,
             causal=causal,
+            window_size=(self.window, self.window),
             out=tokens_of(part, output),
             **self.options,
         )
