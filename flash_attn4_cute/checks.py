@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from inspect import CO_VARARGS
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -142,6 +145,25 @@ def check_is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise refuse(
             TypeError, name, type(value).__name__, "must be a torch.Tensor", "Pass a tensor"
+        )
+
+
+def check_function(name: str, function: Any, arguments: str) -> None:
+    """`function` is callable with these positional arguments, as far as its code shows."""
+    if not callable(function):
+        raise refuse(TypeError, name, repr(function), "must be callable", "Pass a function or None")
+    if is_dynamo_compiling() or type(function) is not FunctionType:
+        return
+    code, number = function.__code__, arguments.count(",") + 1
+    fewest = code.co_argcount - len(function.__defaults__ or ())
+    if fewest > number or (code.co_argcount < number and not code.co_flags & CO_VARARGS):
+        theirs = arguments.split(", seqlen_info")[0]
+        raise refuse(
+            TypeError,
+            name,
+            f"{function.__qualname__}, a function of {code.co_argcount} arguments",
+            f"must take {arguments}",
+            f"Wrap one of FlexAttention's: lambda {theirs}, *_: f({theirs})",
         )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import as_bool, as_int, refuse
+from .checks import as_bool, as_int, check_function, refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,7 @@ def make_mask_rule(causal: bool, window_size: Any, mask_mod: Callable | None = N
     band = _band(as_bool("causal", causal), left, right)
     if mask_mod is None:
         return band
-    if not callable(mask_mod):
-        raise refuse(
-            TypeError, "mask_mod", repr(mask_mod), "must be callable", "Pass a function or None"
-        )
+    check_function("mask_mod", mask_mod, "b, h, q_idx, kv_idx, seqlen_info, aux_tensors")
     return Custom(mask_mod, band)
 
 

@@ -111,10 +111,10 @@ others_of = attrgetter(*OTHERS)
 class AttentionOptions:
     """The arguments of one call that are not tensors, brought into canonical form.
 
-    softmax_scale None is 1 / sqrt(d); softcap 0.0 or None is off; num_splits 0 lets the plan
-    decide; a maximum of None is derived from the tensors' shapes. Numbers count by their value:
-    NumPy's, 0-d CPU tensors, True for 1 and 2.0 for 2 become what they equal, so that one kernel
-    serves them all; a maximum that lies on a device becomes None.
+    softmax_scale None is 1 / sqrt(d); softcap and dropout_p 0.0 or None are off; num_splits 0 or
+    None lets the plan decide; a maximum of None is derived from the tensors' shapes. Numbers count
+    by their value: NumPy's, 0-d CPU tensors, True for 1 and 2.0 for 2 become what they equal, so
+    that one kernel serves them all; a maximum that lies on a device becomes None.
     """
 
     mask: MaskRule = FULL
@@ -140,12 +140,13 @@ class AttentionOptions:
             self.softmax_scale is not None and type(self.softmax_scale) is not float
         ):
             self._canonicalise(checks.as_float, "softmax_scale", "softcap")
-            if self.softcap is None:
-                object.__setattr__(self, "softcap", 0.0)
         if type(self.dropout_p) is not float:
             self._canonicalise(checks.as_float, "dropout_p")
         if type(self.num_splits) is not int:
             self._canonicalise(checks.as_int, "num_splits")
+        for name, off in (("softcap", 0.0), ("dropout_p", 0.0), ("num_splits", 0)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, off)
         if self.max_seqlen_q is not None or self.max_seqlen_k is not None:
             self._canonicalise(checks.as_maximum, "max_seqlen_q", "max_seqlen_k")
         if self.pack_gqa is not None and type(self.pack_gqa) is not bool:

@@ -104,7 +104,7 @@ def key_of(
             else:
                 more += (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.get_device())
         return tuple(more)
-    except AttributeError:
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
         return None
 
 

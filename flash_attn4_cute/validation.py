@@ -368,10 +368,9 @@ def check_options(tensors: AttentionTensors, options: AttentionOptions) -> None:
 
 
 def _check_score_mod(tensors: AttentionTensors, options: AttentionOptions) -> None:
-    if options.score_mod is not None and not callable(options.score_mod):
-        raise refuse(
-            TypeError, "score_mod", repr(options.score_mod), "must be callable", "Pass a function"
-        )
+    if options.score_mod is not None:
+        arguments = "score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors"
+        checks.check_function("score_mod", options.score_mod, arguments)
     if tensors.aux_tensors is None:
         return
     if options.score_mod is None and not isinstance(options.mask, Custom):

@@ -55,7 +55,7 @@ def check_pages(page_table: Tensor, lengths: Tensor | None, pages: Tensor) -> No
     if lengths is None:
         wanted = torch.ones_like(page_table, dtype=torch.bool)
     else:
-        first = torch.arange(page_table.shape[1]) * page_size
+        first = torch.arange(page_table.shape[1], device="cpu") * page_size
         wanted = first < lengths[:, None]
     bad = wanted & ((page_table < 0) | (page_table >= num_pages))
     if bad.any():

@@ -32,12 +32,41 @@ def _probe(name: str, default: Any) -> Any:
 
 _num_modes = _probe("_len_torch_dispatch_stack", 0)
 _transform = _probe("_functorch.peek_interpreter_stack", None)
+_transforms = _probe("_functorch.get_interpreter_stack", None)
 _trace = _probe("_get_tracing_state", None)
 
 
 def is_watched() -> bool:
     """Whether a mode, a transform or a tracer is active."""
     return _num_modes() > 0 or _transform() is not None or _trace() is not None
+
+
+def check_transforms() -> None:
+    """Refuse to be recorded by torch.func.grad and its like, which custom operators do not know."""
+    for transform in _transforms() or ():
+        if transform.key().name == "Grad":
+            raise refuse(
+                NotImplementedError,
+                "torch.func",
+                "grad, vjp or another of its derivatives",
+                "the call has a gradient by torch.autograd only",
+                "Use torch.autograd.grad or backward(), with torch.func.functional_call too",
+            )
+
+
+def check_strided(names: Iterable[str], tensors: Iterable[Any]) -> None:
+    """Refuse tensors whose elements do not lie at strides: sparse, nested and opaque ones."""
+    for name, t in zip(names, tensors, strict=False):
+        if isinstance(t, Tensor) and (t.layout is not torch.strided or t.is_nested):
+            raise refuse(
+                TypeError,
+                name,
+                f"a {'nested' if t.is_nested else str(t.layout).removeprefix('torch.')} tensor",
+                "must be an ordinary, strided tensor",
+                f"Pass {name}.values() and its offsets as cu_seqlens"
+                if t.is_nested
+                else f"Convert it with {name}.to_dense()",
+            )
 
 
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:

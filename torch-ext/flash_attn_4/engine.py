@@ -206,7 +206,7 @@ def get_scheduler_metadata(
         score_mod=None,
         dropout_p=0.0,
         deterministic=False,
-        num_splits=_at_least(0, "num_splits", num_splits),
+        num_splits=_at_least(0, "num_splits", 0 if num_splits is None else num_splits),
         pack_gqa=pack_gqa,
         return_lse=True,
         requires_grad=False,

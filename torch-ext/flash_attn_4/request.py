@@ -28,7 +28,14 @@ from .flash_attn4_cute.problem import (
 from .flash_attn4_cute.repeat import Others, key_of, kind_of, planned_bound
 from .flash_attn4_cute.results import new_lse, new_out
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
-from .flash_attn4_cute.watchers import are_plain, check_level, check_tangents, is_watched
+from .flash_attn4_cute.watchers import (
+    are_plain,
+    check_level,
+    check_strided,
+    check_tangents,
+    check_transforms,
+    is_watched,
+)
 from .flops import tell_counters
 from .gradients import check_gradients, needs_grad
 
@@ -220,6 +227,8 @@ def send(
         if isinstance(q, Tensor):
             return _through_operator(tensors, options, update)
     elif _is_for_operators(tensors, update):
+        if options.requires_grad:
+            check_transforms()
         return _through_operator(tensors, options, update)
     elif options.requires_grad and update is None and tensors.out is None and tensors.lse is None:
         AttentionProblem.from_tensors(tensors, options)  # before the operator's schema complains
@@ -234,6 +243,7 @@ def _is_for_operators(tensors: AttentionTensors, update: CacheUpdate | None) -> 
     given = (tensors.q, tensors.k, tensors.v, *others_of(tensors))
     if update is not None:
         given += tensors_of(update)
+    check_strided(_NAMES, given)
     check_tangents(_NAMES, given)
     given += tensors.aux_tensors or ()
     for t in given:

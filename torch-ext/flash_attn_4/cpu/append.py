@@ -71,8 +71,8 @@ def _token_positions(update: CacheUpdate) -> tuple[Tensor, Tensor]:
     """(sequence, position in the cache) of every new token; negative positions are padding."""
     counts = new_token_counts(update).long()
     starts = update.cache_seqlens.long()
-    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    index = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
+    sequence = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+    index = torch.arange(len(sequence), device="cpu") - (counts.cumsum(0) - counts)[sequence]
     start = starts[sequence]
     return sequence, torch.where(start < 0, -1, start + index)
 
@@ -92,14 +92,14 @@ def _cache_slots(
 def _rotate_queries(tensors: AttentionTensors, update: CacheUpdate, along: bool) -> Tensor:
     q, starts = tensors.q, update.cache_seqlens.long().clamp(min=0)
     if tensors.cu_seqlens_q is None:
-        step = torch.arange(q.shape[1]) if along else torch.zeros(q.shape[1], dtype=torch.long)
+        step = torch.arange(q.shape[1], device="cpu") * int(along)
         position = (starts[:, None] + step).flatten()
         return rotate(q.flatten(0, 1), position, update).unflatten(0, q.shape[:2])
     first = tensors.cu_seqlens_q.long()
     counts = first.diff()
-    sequence = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    sequence = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
     position = starts[sequence]
     if along:
-        position = position + torch.arange(len(sequence)) - first[sequence]
+        position = position + torch.arange(len(sequence), device="cpu") - first[sequence]
     rotated = rotate(q[: len(sequence)], position, update)
     return torch.cat((rotated, q[len(sequence) :]))

@@ -57,7 +57,7 @@ class _Gradients:
         self.dq = torch.zeros_like(q)
         self.dk = torch.zeros_like(k, dtype=torch.float32)
         self.dv = torch.zeros_like(v, dtype=torch.float32)
-        self.dsink = None if sink is None else torch.zeros(sink.shape)
+        self.dsink = None if sink is None else torch.zeros_like(sink, dtype=torch.float32)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         k, v, sink = self.like

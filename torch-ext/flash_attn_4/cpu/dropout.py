@@ -42,13 +42,13 @@ class Dropout:
         group, cols = tile.group, tile.cols
         first, last = cols.start // 4, -(-cols.stop // 4)
         heads = torch.arange(
-            group.first * self.num_heads, (group.first + group.count) * self.num_heads
+            group.first * self.num_heads, (group.first + group.count) * self.num_heads, device="cpu"
         )
         counter = (
-            torch.arange(first, last).view(1, 1, 1, -1),
-            torch.arange(tile.rows.start, tile.rows.stop).view(1, 1, -1, 1),
+            torch.arange(first, last, device="cpu").view(1, 1, 1, -1),
+            torch.arange(tile.rows.start, tile.rows.stop, device="cpu").view(1, 1, -1, 1),
             heads.view(group.count, self.num_heads, 1, 1),
-            torch.tensor(self.offset & _LOW).view(1, 1, 1, 1),
+            torch.tensor(self.offset & _LOW, device="cpu").view(1, 1, 1, 1),
         )
         words = torch.stack(philox(counter, (self.seed & _LOW, self.seed >> 32 & _LOW)), dim=-1)
         words = words.flatten(-2)[..., cols.start - 4 * first : cols.stop - 4 * first]

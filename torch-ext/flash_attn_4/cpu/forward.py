@@ -146,7 +146,8 @@ class OnlineSoftmax:
     def result(self) -> tuple[Tensor, Tensor]:
         """(o / norm, m + log norm); 0 and -inf for rows without a visible key."""
         if self.m is None or self.norm is None or self.o is None:
-            return torch.zeros(self.shape), torch.full(self.shape[:-1], -torch.inf)
+            out = torch.zeros(self.shape, dtype=torch.float32, device="cpu")
+            return out, torch.full_like(out[..., 0], -torch.inf)
         lse = (self.m + self.norm.log()).squeeze(-1)
         return self.o / self.norm.masked_fill(self.norm == 0.0, 1.0), lse
 

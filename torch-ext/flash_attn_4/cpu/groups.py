@@ -87,7 +87,7 @@ class Group:
         if self.pages is None:
             self.keys(t, start, end).add_(part)
             return
-        token = torch.arange(start, end)
+        token = torch.arange(start, end, device="cpu")
         where = (self.pages[token // t.shape[1]], token % t.shape[1])
         t.index_put_(where, part[0].transpose(0, 1), accumulate=True)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..flash_attn4_cute.block_sparse import FULL_BLOCK, SKIPPED
+from ..flash_attn4_cute.checks import refuse
 from ..flash_attn4_cute.problem import (
     AttentionProblem,
     AttentionTensors,
@@ -41,11 +42,29 @@ class Tile:
 
     def row_positions(self) -> Tensor:
         """(rows, 1): the key that each query stands on."""
-        return torch.arange(self.rows.start, self.rows.stop)[:, None] + self.diagonal
+        return torch.arange(self.rows.start, self.rows.stop, device="cpu")[:, None] + self.diagonal
 
     def col_positions(self) -> Tensor:
         """(cols,): the keys."""
-        return torch.arange(self.cols.start, self.cols.stop)
+        return torch.arange(self.cols.start, self.cols.stop, device="cpu")
+
+
+def _check_answer(name: str, answer: Any, shape: tuple[int, ...], what: str) -> None:
+    """`answer` is what a caller's function says of scores of this shape (count, h, rows, cols)."""
+    if not isinstance(answer, Tensor):
+        fault: Any = (TypeError, type(answer).__name__)
+    else:
+        given = tuple(answer.shape)
+        padded = (1,) * (len(shape) - len(given)) + given
+        if len(given) <= len(shape) and all(
+            m in (1, n) for m, n in zip(padded, shape, strict=True)
+        ):
+            return
+        fault = (ValueError, f"a tensor of shape {given}")
+    rule = f"must return {what}, a tensor that broadcasts to {tuple(shape)}"
+    raise refuse(
+        fault[0], f"{name}(...)", fault[1], rule, "Compute it from the function's arguments"
+    )
 
 
 def _block_rule(problem: AttentionProblem, tensors: AttentionTensors) -> dict[str, Any]:
@@ -103,6 +122,7 @@ class ScoreRule:
             z = z.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.score_mod is not None:
             modified = self.score_mod(z, *self._coordinates(tile))
+            _check_answer("score_mod", modified, z.shape, "the scores that it makes of `score`")
             z = modified.to(z.dtype).expand(z.shape).clone()
         if self.alibi_slopes is not None:
             distance = (tile.row_positions() - tile.col_positions()).abs()
@@ -119,7 +139,12 @@ class ScoreRule:
         visible = self._in_band(tile)
         admitted = None
         if self.mask_mod is not None:
-            admitted = torch.as_tensor(self.mask_mod(*self._coordinates(tile))).to(torch.bool)
+            admitted = self.mask_mod(*self._coordinates(tile))
+            if isinstance(admitted, (bool, int)) or hasattr(admitted, "__array__"):
+                admitted = torch.as_tensor(admitted, device="cpu")
+            shape = (tile.group.count, self.num_heads, len(tile.rows), len(tile.cols))
+            _check_answer("mask_mod", admitted, shape, "whether q_idx may see kv_idx")
+            admitted = admitted.to(torch.bool)
         if self.block_kinds is not None:
             kinds = self._kinds(tile)
             partial = kinds != SKIPPED
@@ -134,7 +159,7 @@ class ScoreRule:
         assert kinds is not None
         if kinds.shape[0] > 1:
             kinds = kinds[tile.group.first : tile.group.first + tile.group.count]
-        rows = torch.arange(tile.rows.start, tile.rows.stop) // self.block_size[0]
+        rows = torch.arange(tile.rows.start, tile.rows.stop, device="cpu") // self.block_size[0]
         cols = tile.col_positions() // self.block_size[1]
         return kinds[:, :, rows[:, None], cols]
 
@@ -164,10 +189,10 @@ class ScoreRule:
         """(b, h, q_idx, kv_idx, seqlen_info, aux_tensors) for a user's callable, broadcastable."""
         group = tile.group
         return (
-            torch.arange(group.first, group.first + group.count).view(-1, 1, 1, 1),
-            torch.arange(self.num_heads).view(1, -1, 1, 1),
-            torch.arange(tile.rows.start, tile.rows.stop).view(1, 1, -1, 1),
-            torch.arange(tile.cols.start, tile.cols.stop).view(1, 1, 1, -1),
+            torch.arange(group.first, group.first + group.count, device="cpu").view(-1, 1, 1, 1),
+            torch.arange(self.num_heads, device="cpu").view(1, -1, 1, 1),
+            torch.arange(tile.rows.start, tile.rows.stop, device="cpu").view(1, 1, -1, 1),
+            torch.arange(tile.cols.start, tile.cols.stop, device="cpu").view(1, 1, 1, -1),
             group.seqlen_info,
             self.aux_tensors,
         )
