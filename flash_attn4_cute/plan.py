@@ -12,7 +12,7 @@ import torch
 from . import compiler
 from .arguments import UNBOUNDED
 from .checks import FP8
-from .decode_plan import decode_plan, decodes, explain_decode
+from .decode_plan import decode_plan, decodes, explain_decode, packed_rows
 from .device import INSTRUCTIONS, Card, supported_card
 from .kernel_keys import DecodeKey, ForwardKey
 from .mask_rule import Band, band_of
@@ -118,6 +118,8 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
         # Bounds beyond all keys cost nothing where blocks are read once: one kernel for all bands.
         both = replace(rule, has_left=True, has_right=True)
         decode_key, num_splits = decode_plan(problem, both, card)
+        row_tiles = -(-packed_rows(problem) // decode_key.cfg.rows)
+        _check_tiles(problem, row_tiles * problem.num_heads_kv * problem.batch)
         return Plan(key=decode_key, num_splits=num_splits, **shared)
     if isinstance(cfg, sm100_tiles.TileConfig):
         cfg = fitted(in_pairs(cfg, card.variant, problem), problem)
@@ -141,11 +143,29 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
         score=ScoreRule.of(problem),
         merged_dim=problem.head_dim_v if num_splits > 1 else 0,
     )
-    max_ctas = _max_ctas(problem, key, num_splits, card.num_sms)
+    tiles = _num_tiles(problem, cfg) * num_splits
+    _check_tiles(problem, tiles)
+    max_ctas = _max_ctas(key, tiles, num_splits, card.num_sms)
     return Plan(key=key, max_ctas=max_ctas, num_splits=num_splits, **shared)
 
 
-def _max_ctas(p: AttentionProblem, key: ForwardKey, num_splits: int, num_sms: int) -> int:
+def _num_tiles(p: AttentionProblem, cfg: TileConfig | sm100_tiles.TileConfig) -> int:
+    """Tiles of queries, as many of each sequence as of the longest."""
+    if isinstance(cfg, sm100_tiles.TileConfig):
+        return p.batch * (p.num_heads // cfg.group) * -(-p.seqlen_q // cfg.block_tokens)
+    return p.batch * p.num_heads * -(-p.seqlen_q // cfg.block_m)
+
+
+def _check_tiles(p: AttentionProblem, tiles: int) -> None:
+    """Kernels count tiles, and pairs of CTAs twice, in 32 bits."""
+    if tiles >= 1 << 30:
+        rule = f"{p.batch} sequences of so many queries are {tiles} tiles, a launch has below 2^30"
+        raise NotImplementedError(
+            _refuse("max_seqlen_q", p.seqlen_q, rule, "pass the length of the longest sequence")
+        )
+
+
+def _max_ctas(key: ForwardKey, tiles: int, num_splits: int, num_sms: int) -> int:
     """The most CTAs of a launch, UNBOUNDED for one a tile. One fits an SM.
 
     Where all sequences are equally long, each gets its share of tiles at the start. Else they take
@@ -153,10 +173,6 @@ def _max_ctas(p: AttentionProblem, key: ForwardKey, num_splits: int, num_sms: in
     hands it out wherever an SM is free.
     """
     if key.counts_tiles:
-        cfg = key.cfg
-        assert isinstance(cfg, sm100_tiles.TileConfig)
-        blocks = -(-p.seqlen_q // cfg.block_tokens)
-        tiles = p.batch * (p.num_heads // cfg.group) * blocks * num_splits
         return num_sms if tiles > num_sms else UNBOUNDED
     return UNBOUNDED if key.is_uneven or num_splits > 1 else num_sms
 
@@ -184,8 +200,7 @@ def _forward_splits(p: AttentionProblem, cfg: TileConfig, num_sms: int) -> int:
     """The number of splits of a launch of the mma.sync forward kernel."""
     if p.num_splits > 0 or p.block_size is not None:
         return min(max(p.num_splits, 1), MAX_SPLITS)
-    tiles = p.batch * p.num_heads * -(-p.seqlen_q // cfg.block_m)
-    return choose_forward_splits(tiles, -(-p.seqlen_k // cfg.block_n), num_sms)
+    return choose_forward_splits(_num_tiles(p, cfg), -(-p.seqlen_k // cfg.block_n), num_sms)
 
 
 def _refusals(p: AttentionProblem, is_general: bool):

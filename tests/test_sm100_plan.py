@@ -136,3 +136,16 @@ def test_tensor_memory(fa4, variant):
         assert [found.s_at(slot) for slot in (0, 1)] == list(found.s)
     apart = [row.head_dim for row in tiles.FORWARD_ROWS[variant] if row.p_apart]
     assert apart == [64], "where there is room"
+
+
+@pytest.mark.parametrize("capability", [(9, 0), B200])
+@pytest.mark.parametrize("pack_gqa", [None, True])
+def test_more_tiles_than_a_launch_counts(fa4, card, capability, pack_gqa):  # noqa: F811
+    """Packed queries without a bound: as many of each sequence as there are in all."""
+    layout = fa4.flash_attn4_cute.problem.Layout.VARLEN
+    known = {"q_layout": layout, "kv_layout": layout, "num_heads": 64, "num_heads_kv": 8}
+    plan = card(capability).make_plan
+    few = gpu_problem(fa4, batch=1 << 17, seqlen_q=1, pack_gqa=pack_gqa, **known)
+    assert plan(few).num_splits >= 1
+    with pytest.raises(NotImplementedError, match=f"max_seqlen_q={1 << 17}.*longest sequence"):
+        plan(dataclasses.replace(few, seqlen_q=1 << 17))
