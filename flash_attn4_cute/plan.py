@@ -4,6 +4,7 @@ The plan is decided by the problem and the card alone, never by a tensor's value
 once per problem. What the kernels cannot do is refused here, before anything is written.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,7 +97,9 @@ def plan_on(problem: AttentionProblem, card: Card) -> Plan:
     """The plan of a problem on `card`; see make_plan."""
     assert card.variant is not None, "supported_card has refused the others"
     if problem.kv_layout is not Layout.DENSE:  # where it is a bound, one plan serves many
-        problem = replace(problem, seqlen_k=planned_length(problem.seqlen_k))
+        planned = planned_length(problem.seqlen_k)
+        if planned != problem.seqlen_k:
+            problem = replace(problem, seqlen_k=planned)
     cfg = row_for(card.variant, problem)
     for refusal in _refusals(problem, cfg is not None and cfg.is_general):
         raise NotImplementedError(refusal)
@@ -191,9 +194,16 @@ def row_for(variant: str, p: AttentionProblem) -> TileConfig | sm100_tiles.TileC
     rows = FP8_ROWS if p.fp8_kv else (*forward_rows(variant), *FORWARD_ROWS)
     holding = (row for row in rows if row.holds(p.head_dim, p.head_dim_v))
     if p.page_size is not None:
-        pages = (row.paged(p.page_size) if isinstance(row, TileConfig) else row for row in holding)
+        pages = (
+            _paged(row, p.page_size) if isinstance(row, TileConfig) else row for row in holding
+        )
         holding = (row for row in pages if row is not None)
     return next(holding, None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _paged(row: TileConfig, page_size: int) -> TileConfig | None:
+    return row.paged(page_size)
 
 
 def _forward_splits(p: AttentionProblem, cfg: TileConfig, num_sms: int) -> int:
