@@ -36,7 +36,7 @@ class Custom:
     """The keys of `band` that mask_mod(b, h, q_idx, kv_idx, seqlen_info, aux_tensors) admits."""
 
     mask_mod: Callable
-    band: Band | Full = Full()
+    band: Band | Full  # no default: torch.compile of PyTorch 2.11 fails on one that is an object
 
 
 MaskRule = Full | Band | Custom

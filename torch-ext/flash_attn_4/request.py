@@ -169,7 +169,9 @@ def unpacked(
     given: tuple[Any, ...] = (None,) * len(OTHERS) if others is None else others
     if check is not None:
         check(q, given)
-    tensors = AttentionTensors(q=q, k=k, v=v, **dict(zip(OTHERS, given, strict=False)))
+    # As many as names: torch.compile of PyTorch 2.9 takes zip to be strict.
+    named = dict(zip(OTHERS, given[: len(OTHERS)], strict=True))
+    tensors = AttentionTensors(q=q, k=k, v=v, **named)
     tensors.aux_tensors = None if aux is None else tuple(aux)
     if interleaved is None:
         return tensors, None
