@@ -204,6 +204,12 @@ def test_nothing_forgets_a_gradient(fa4, name):
     with torch.no_grad():
         out = getattr(fa4, function)(*given, **options)
     assert out.shape == expected.shape and out.grad_fn is None
+    if name in ("score_mod", "alibi_slopes"):
+        torch._dynamo.reset()
+        compiled = torch.compile(getattr(fa4, function), backend="eager")
+        with pytest.raises(error, match=re.escape(name)):
+            compiled(*given, **options)
+        torch._dynamo.reset()
 
 
 def test_a_call_that_appends_is_recorded_by_nothing(fa4):

@@ -13,6 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .flash_attn4_cute.checks import refuse
 from .flash_attn4_cute.problem import AttentionOptions, AttentionTensors
+from .functions import function_of
 
 _WITHOUT = ("alibi_slopes", "k_descale", "v_descale", "out", "lse")
 _DEPTH = 3  # how far the tensors of a function are looked for
@@ -48,15 +49,41 @@ def check_gradients(tensors: AttentionTensors, options: AttentionOptions) -> Non
                 f"Pass {name}.detach(), or call under torch.no_grad()",
             )
     score_mod = options.score_mod
-    # Where a call is traced, Dynamo has wrapped what the function reads.
-    if score_mod is not None and not is_dynamo_compiling() and needs_grad(*_read_by(score_mod)):
+    if score_mod is None:
+        return
+    if is_dynamo_compiling():  # which alone knows the function itself
+        from torch._dynamo.comptime import comptime
+
+        comptime(_look_at_traced)
+        forgets, value = _forgets(), "a function"
+    else:
+        forgets, value = needs_grad(*_read_by(score_mod)), repr(score_mod)
+    if forgets:
         raise refuse(
             NotImplementedError,
             "score_mod",
-            repr(score_mod),
+            value,
             "reads a tensor that requires grad, and has no gradient",
             "Detach that tensor, or call under torch.no_grad()",
         )
+
+
+_forgotten = False  # whether the function that Dynamo met last reads a tensor that requires grad
+
+
+def _look_at_traced(context: Any) -> None:
+    global _forgotten
+    from .traced_functions import settle
+
+    _forgotten = needs_grad(*_read_by(function_of(settle(context, "score_mod"))))
+
+
+def _forgets() -> bool:
+    return _forgotten
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo.
+_forgets._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _read_by(x: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
