@@ -12,11 +12,19 @@ def check_apart(tensors: AttentionTensors, names: tuple[str, str] = ("k", "v")) 
     """A given `out` shares no memory with q, nor with k and v, which the caller knows by `names`.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming both; or `out` is expanded, so that its elements share memory.
     """
     out = tensors.out
     if out is None:
         return
+    if any(step == 0 and n > 1 for n, step in zip(out.shape, out.stride(), strict=True)):
+        raise refuse(
+            ValueError,
+            "out.stride",
+            out.stride(),
+            "elements that share memory cannot all be written",
+            "Pass a tensor that is not expanded, or None to allocate one",
+        )
     operands = (("q", tensors.q), (names[0], tensors.k), (names[1], tensors.v))
     for name, operand in operands:
         if overlap(out, operand):

@@ -217,6 +217,8 @@ def test_a_result_lies_apart_from_what_is_read(fa4):
     for name, x in {"q": q, "k": k, "v": v}.items():
         with pytest.raises(ValueError, match=f"out=memory of {name}: .* Pass another tensor"):
             fa4.flash_attn_func(q, k, v, out=x)
+    with pytest.raises(ValueError, match=r"out.stride=\(256, 0, 16, 1\): .* not expanded"):
+        fa4.flash_attn_func(q, k, v, out=torch.zeros(1, 8, 2, 16)[:, :1].expand(1, 8, 2, 16))
     room = torch.zeros(10 * 32)
     shifted = room[32:288].view(q.shape).copy_(q)
     with pytest.raises(ValueError, match="out=memory of q"):
