@@ -153,7 +153,8 @@ def test_on_another_card_than_the_current_one(fa4, device):
             fa4.flash_attn_func(here.qkv[0], *there.qkv[1:])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(1):
-            with torch.cuda.graph(graph):
+            # The stream that PyTorch would take is of the card where it captured first.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(1)):
                 captured = there.append()
             captured[0].fill_(torch.nan)
             graph.replay()
