@@ -1,4 +1,4 @@
-"""Which kernels are precompiled: those that answer what transformers and serving engines ask.
+"""Which kernels are precompiled: those that answer what transformers and our vLLM plugin ask.
 
 `shipped_calls` has the calls; the plan says which kernel answers each, on each card.
 """
