@@ -1,7 +1,9 @@
 """Gradients of q, k, v and sinks, through out and LSE, against autograd of the float64 formulas."""
 
+import functools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +212,57 @@ def test_nothing_forgets_a_gradient(fa4, name):
         with pytest.raises(error, match=re.escape(name)):
             compiled(*given, **options)
         torch._dynamo.reset()
+
+
+weight = torch.nn.Parameter(torch.ones(2))  # read by none that names an attribute so
+
+
+class Learned(torch.nn.Module):
+    """Functions of the scores beside parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.weight, self.tables = 0.5, torch.nn.Parameter(torch.ones(2)), [weight, 2.0]
+        self.inner = torch.nn.Linear(2, 2)
+
+    def plain(self, score, *_):
+        return score * self.w
+
+    def learned(self, score, b, h, *_):
+        return self._looked_up(score, h)
+
+    def _looked_up(self, score, h):
+        return score + self.inner.bias[h]
+
+    def forward(self, score, b, h, *_):
+        return score + self.weight[h]
+
+    def closures(self, c):
+        """Those that read no gradient, and those that do."""
+        return (
+            lambda score, *_: score * self.w,
+            lambda score, *_: score * c.weight,
+            lambda score, b, h, *_: score + self.weight.detach()[h],
+            lambda score, b, h, *_: score * self.tables[1] + weight.data[h],
+            functools.partial(lambda own, score, *_: score * own.w, self),
+        ), (
+            lambda score, b, h, *_: score + self.weight[h],
+            lambda score, b, h, *_: score + weight[h],
+            lambda score, b, h, *_: score + self.inner.weight[h, 0],
+            lambda score, b, h, *_: self.plain(score) + self._looked_up(score, h),
+            functools.partial(lambda own, score, b, h, *_: score + own.weight[h], self),
+        )
+
+
+def test_only_what_a_function_reads_is_looked_at(fa4):
+    """Not what lies beside it, or has the name of an attribute."""
+    layer, (q, k, v) = Learned(), (torch.randn(1, 5, 2, 8) for _ in range(3))
+    passes, refused = layer.closures(SimpleNamespace(weight=2.0))
+    for function in (layer.plain, *passes):
+        fa4.flash_attn_func(q, k, v, score_mod=function)
+    for function in (layer, layer.learned, *refused):
+        with pytest.raises(NotImplementedError, match="score_mod"):
+            fa4.flash_attn_func(q, k, v, score_mod=function)
 
 
 def test_a_call_that_appends_is_recorded_by_nothing(fa4):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +19,12 @@ from .flash_attn4_cute.problem import AttentionOptions, AttentionTensors
 from .functions import function_of
 
 _WITHOUT = ("alibi_slopes", "k_descale", "v_descale", "out", "lse")
-_DEPTH = 3  # how far the tensors of a function are looked for
+_DEPTH = 3  # how many functions that call each other are looked at
+_OF_MODULES = ("_parameters", "_buffers", "_modules")  # where torch.nn.Module has its attributes
+_DETACHED = frozenset(  # attributes of a tensor that have no gradient
+    {"data", "detach", "device", "dim", "dtype", "item", "ndim", "numel"}
+    | {"requires_grad", "shape", "size", "tolist"}
+)
 
 
 def needs_grad(*tensors: Any) -> bool:
@@ -86,33 +94,83 @@ def _forgets() -> bool:
 _forgets._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _read_by(x: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """The tensors in `x`, a function or what one reads, as far as they are in plain sight."""
+def _read_by(function: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """The tensors that a function reads, as far as its code shows: others pass."""
+    if isinstance(function, torch.nn.Module):  # whose submodules are called, and read theirs
+        yield from function.parameters()
+        return
+    function, given, keywords = _bound(function)
+    if not isinstance(function, types.FunctionType):
+        return
+    code = function.__code__
+    variables = dict(function.__kwdefaults__ or {})
+    arguments, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
+    variables.update(zip(arguments[len(arguments) - len(defaults) :], defaults, strict=False))
+    variables.update(zip(arguments, given, strict=False))
+    variables.update(keywords)
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            variables[name] = cell.cell_contents
+    for is_global, name, *attributes in _paths(code):
+        start = (function.__globals__ if is_global else variables).get(name)
+        yield from _at_end(start, attributes, depth)
+
+
+def _bound(x: Any) -> tuple[Any, tuple, dict[str, Any]]:
+    """The function that a call of `x` runs, and arguments that it has already."""
+    if isinstance(x, functools.partial):
+        function, given, keywords = _bound(x.func)
+        return function, (*given, *x.args), keywords | x.keywords
+    if isinstance(x, types.MethodType):
+        return x.__func__, (x.__self__,), {}
+    if isinstance(x, types.FunctionType):
+        return x, (), {}
+    return inspect.getattr_static(type(x), "__call__", None), (x,), {}
+
+
+@functools.lru_cache(1024)
+def _paths(code: types.CodeType) -> tuple[tuple, ...]:
+    """What `code` loads: whether a global, its name, and the attributes loaded from it."""
+    paths: list[tuple] = []
+    changed: set[str] = set()
+    is_open = False
+    for step in dis.get_instructions(code):
+        # From Python 3.13 on one instruction may load two variables.
+        names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if is_open and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            paths[-1] += names
+            continue
+        is_open = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL"))
+        if is_open:
+            paths += [(step.opname == "LOAD_GLOBAL", name) for name in names]
+        elif step.opname.startswith("STORE_"):
+            changed.update(names)
+    return tuple(path for path in dict.fromkeys(paths) if path[0] or path[1] not in changed)
+
+
+def _at_end(x: Any, attributes: list[str], depth: int) -> Iterator[Tensor]:
+    """The tensors that are read where `attributes` of `x`, one of another, lead to."""
+    for name in attributes:
+        if isinstance(x, Tensor):
+            if name not in _DETACHED:
+                yield x
+            return
+        x = _attribute(x, name)
     if isinstance(x, Tensor):
         yield x
-    elif isinstance(x, torch.nn.Module):
-        yield from x.parameters()
-    elif depth:
-        for part in _parts(x):
-            yield from _read_by(part, depth - 1)
+    elif isinstance(x, (list, tuple, dict)):
+        tensors = list(x.values() if isinstance(x, dict) else x)
+        if all(map(needs_grad, tensors)):  # whichever of them is read
+            yield from tensors
+    elif depth and isinstance(x, (types.FunctionType, types.MethodType, functools.partial)):
+        yield from _read_by(x, depth - 1)
 
 
-def _parts(x: Any) -> Iterator[Any]:
-    if isinstance(x, (list, tuple)):
-        yield from x
-    elif isinstance(x, dict):
-        yield from x.values()
-    elif isinstance(x, functools.partial):
-        yield from (x.func, x.args, x.keywords)
-    elif isinstance(x, types.MethodType):
-        yield from (x.__func__, vars(x.__self__) if hasattr(x.__self__, "__dict__") else None)
-    elif isinstance(x, types.FunctionType):
-        yield from (x.__defaults__, x.__kwdefaults__)
-        yield from (x.__globals__.get(name) for name in x.__code__.co_names)
-        for cell in x.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-    elif callable(x) and not isinstance(x, type):
-        yield getattr(x, "__dict__", None)
+def _attribute(x: Any, name: str) -> Any:
+    """An attribute for which no code of the caller's runs, or None."""
+    own = getattr(x, "__dict__", {})
+    for found in (own, *(own.get(of) for of in _OF_MODULES)):
+        if isinstance(found, (dict, types.MappingProxyType)) and name in found:
+            return found[name]
+    found = inspect.getattr_static(type(x), name, None)
+    return types.MethodType(found, x) if isinstance(found, types.FunctionType) else found
