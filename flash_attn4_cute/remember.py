@@ -68,14 +68,14 @@ class OncePerKey:
                 return found
             turn = self._turns.setdefault(key, threading.Lock())
         with turn:
-            found = self.known(key)
-            if found is None:
-                try:
+            try:
+                found = self.known(key)
+                if found is None:
                     found = self.make(key)
                     self._keep(key, found)
-                finally:
-                    with self._lock:
-                        self._turns.pop(key, None)
+            finally:  # also of a turn that began when another thread had just made it
+                with self._lock:
+                    self._turns.pop(key, None)
         return found
 
     def _keep(self, key: Any, kernel: Kernel) -> None:

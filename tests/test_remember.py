@@ -111,6 +111,14 @@ def test_a_failure_is_not_remembered():
     assert made("key") is made("key") and made.num_made == 1
 
 
+def test_no_turn_is_left_behind():
+    """Nor by a thread that looked for the kernel just before another had made it."""
+    made = OncePerKey(lambda key: kernel())
+    first = made("key")
+    assert made._made("key") is first and made.num_made == 1
+    assert not made._turns
+
+
 def closure() -> tuple:
     """A mask_mod that refers to a tensor, and a weak reference to that."""
     tensor = torch.zeros(4)
