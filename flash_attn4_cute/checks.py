@@ -79,7 +79,8 @@ def as_bool(name: str, value: Any, rule: str = "True or False", way_out: str = "
     if value is True or value is False:
         return value
     found = plain(value)
-    if not isinstance(found, Tensor) and found in (0, 1):
+    of_many = isinstance(found, Tensor) or getattr(found, "ndim", 0) > 0
+    if not of_many and found in (0, 1):
         return bool(found)
     raise refuse(TypeError, name, repr(value), f"must be {rule}", f"Pass {way_out}")
 
@@ -156,6 +157,16 @@ def check_function(name: str, function: Any, arguments: str) -> None:
         return
     code, number = function.__code__, arguments.count(",") + 1
     fewest = code.co_argcount - len(function.__defaults__ or ())
+    by_name = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+    for needed in by_name:
+        if needed not in (function.__kwdefaults__ or {}):
+            raise refuse(
+                TypeError,
+                name,
+                f"{function.__qualname__}, a function that needs {needed} by name",
+                f"must take {arguments}",
+                f"Give {needed} a default, or bind it by functools.partial",
+            )
     if fewest > number or (code.co_argcount < number and not code.co_flags & CO_VARARGS):
         theirs = arguments.split(", seqlen_info")[0]
         raise refuse(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +65,26 @@ def test_arguments_never_shift(fa4, function):
         getattr(fa4, function)(*tensors, softmax_scal=0.2)
     with pytest.raises(TypeError, match="argument 'xyz'. It takes q, k"):
         getattr(fa4, function)(*tensors, xyz=None)
+
+
+def test_arrays_are_no_bools(fa4):
+    """In our words, not NumPy's."""
+    name, arguments = dense(causal=np.array([True, False]))
+    with pytest.raises(TypeError, match=re.escape("causal=array([ True, False]): must be True or")):
+        getattr(fa4, name)(**arguments)
+
+
+def test_functions_are_called_by_position(fa4):
+    """What has to be passed by name is bound before."""
+
+    def banded(b, h, i, j, info, aux, *, width):
+        return j <= i + width
+
+    name, arguments = dense(mask_mod=banded)
+    with pytest.raises(TypeError, match="mask_mod=.*banded, .* needs width by name: .*partial"):
+        getattr(fa4, name)(**arguments)
+    arguments["mask_mod"] = functools.partial(banded, width=1)
+    getattr(fa4, name)(**arguments)
 
 
 def test_errors_survive_compilation(fa4):
