@@ -5,8 +5,9 @@
 The name says what an entry was made of: digests of these sources and of the kernel's key, and the
 compiler's version; whatever differs has an entry of its own. Where the compiler is not installed,
 an entry of any version serves. Files are renamed into place, so processes may write one entry at
-the same time. An entry that is not what it says is deleted and made again; a folder that cannot be
-read or written is no error, but as if there were none.
+the same time; they wait for one that compiles the same, at most MAX_WAIT. An entry that is not
+what it says is deleted and made again; a folder that cannot be read or written is no error, but as
+if there were none.
 
 The folder is $FLASH_ATTN_4_CACHE, or flash-attn-4 in the user's cache folder (XDG base directory
 specification); FLASH_ATTN_4_CACHE=0 switches the cache off.
@@ -37,6 +38,9 @@ COMPILER = "nvidia-cutlass-dsl-libs-base"
 LOCK = ".lock"
 # What nobody asked for in so long is deleted if these sources cannot ask for it either.
 MAX_DAYS = 30
+# Seconds, several times what a kernel takes: who compiles it then is stopped, or on another host.
+MAX_WAIT = 300
+_POLL = 0.1
 _MAX_LOOKED_AT = 10_000  # files, at each entry that is written
 _OURS = re.compile(r"([0-9a-f]{16})-[0-9a-f]{40}-[^/]*(\.kernel|\.lock|\.tmp)")
 _warned: set[tuple[str, Path]] = set()
@@ -108,7 +112,7 @@ def only_one(key: Any) -> Iterator[None]:
 def _locked(key: Any) -> IO[str] | None:
     """The file that this process holds the lock of, or None: each for itself, then."""
     try:
-        import fcntl
+        import fcntl  # noqa: F401
 
         path = _path(key)
         if path is None:
@@ -118,11 +122,33 @@ def _locked(key: Any) -> IO[str] | None:
     except (ImportError, OSError):
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _taken(lock):
+            return lock
     except OSError:
-        lock.close()
-        return None
-    return lock
+        pass
+    lock.close()
+    return None
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Wait for the lock, and say so; False if it was not let go of in MAX_WAIT seconds."""
+    import fcntl
+
+    end = None
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            now = time.monotonic()
+        if end is None:
+            end = now + MAX_WAIT
+            logger.warning("waiting for another process that compiles a kernel: %s", lock.name)
+        elif now >= end:
+            text = "waited for another process %d seconds, going on without it: %s"
+            logger.warning(text, MAX_WAIT, lock.name)
+            return False
+        time.sleep(_POLL)
 
 
 def _readings(key: Any) -> Iterator[tuple[Path, Kernel | ValueError]]:
@@ -145,7 +171,7 @@ def _readings(key: Any) -> Iterator[tuple[Path, Kernel | ValueError]]:
 
 
 def _paths(key: Any) -> list[Path]:
-    """Where entries of `key` may lie; without a compiler, those of any version."""
+    """Where entries of `key` may lie; without a compiler, of any version, the newest first."""
     path = _path(key)
     if path is None:
         return []
@@ -153,7 +179,11 @@ def _paths(key: Any) -> list[Path]:
         return [path]
     stem = path.name.removesuffix(entry.SUFFIX)
     names = [n for n in os.listdir(path.parent) if n.startswith(stem) and n.endswith(entry.SUFFIX)]
-    return [path.parent / name for name in sorted(names, reverse=True)]
+
+    def version(name: str) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", name.removeprefix(stem))]
+
+    return [path.parent / name for name in sorted(names, key=version, reverse=True)]
 
 
 def _path(key: Any) -> Path | None:

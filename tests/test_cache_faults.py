@@ -228,3 +228,29 @@ def test_entries_serve_without_a_compiler(folder, monkeypatch):
     assert disk_cache.load(keys("sm90a")["sm90a_d64_most"]) is None
     monkeypatch.setattr(disk_cache, "_sources", lambda: "0123456789abcdef")
     assert disk_cache.load(TARGETED) is None
+
+
+def test_the_newest_version_serves_first(folder, monkeypatch):
+    """4.10 is newer than 4.9."""
+    for number in ("4.9.2", "4.10.0", "4.10.0rc1", "4.8.1"):
+        monkeypatch.setattr(disk_cache, "compiler_version", lambda number=number: number)
+        disk_cache.store(TARGETED, KERNEL)
+    monkeypatch.setattr(disk_cache, "compiler_version", lambda: "")
+    versions = [path.name.rpartition("-")[2] for path in disk_cache._paths(TARGETED)]
+    assert versions[-2:] == ["4.9.2.kernel", "4.8.1.kernel"] and len(versions) == 4
+
+
+@pytest.mark.parametrize("is_let_go", [False, True])
+def test_a_process_that_stopped_while_it_compiled(folder, monkeypatch, caplog, is_let_go):
+    """It is waited for, not without a word, and not for ever."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(disk_cache, "MAX_WAIT", 600 if is_let_go else 0.02)
+    monkeypatch.setattr(disk_cache, "_POLL", 0.01)
+    with open(disk_cache._path(TARGETED).with_suffix(".lock"), "w") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        if is_let_go:
+            monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(stopped, fcntl.LOCK_UN))
+        assert compiler.compiled(KEY) is KERNEL
+    assert caplog.text.count("waiting for another process") == 1
+    assert ("going on without it" in caplog.text) is not is_let_go
+    assert disk_cache.load(TARGETED).image == KERNEL.image
