@@ -9,32 +9,41 @@ from .problem import AttentionTensors
 
 
 def check_apart(tensors: AttentionTensors, names: tuple[str, str] = ("k", "v")) -> None:
-    """A given `out` shares no memory with q, nor with k and v, which the caller knows by `names`.
+    """Given results share no memory with q, k and v, nor with each other.
+
+    The caller knows k and v by `names`.
 
     Raises:
-        ValueError: naming both; or `out` is expanded, so that its elements share memory.
+        ValueError: naming both; or a result is expanded, so that its elements share memory.
     """
-    out = tensors.out
-    if out is None:
-        return
-    if any(step == 0 and n > 1 for n, step in zip(out.shape, out.stride(), strict=True)):
+    out, lse = tensors.out, tensors.lse
+    operands = [("q", tensors.q), (names[0], tensors.k), (names[1], tensors.v)]
+    for name, result in (("out", out), ("lse", lse)):
+        if result is None:
+            continue
+        check_not_expanded(name, result)
+        for other, operand in operands:
+            if overlap(result, operand):
+                raise refuse(
+                    ValueError,
+                    name,
+                    f"memory of {other}",
+                    f"is written while {other} is still in use, which makes garbage of both",
+                    "Pass another tensor, or None to allocate one",
+                )
+        operands.append((name, result))
+
+
+def check_not_expanded(name: str, result: Tensor) -> None:
+    """No two elements of a given `result` are one in memory because their stride is 0."""
+    if any(step == 0 and n > 1 for n, step in zip(result.shape, result.stride(), strict=True)):
         raise refuse(
             ValueError,
-            "out.stride",
-            out.stride(),
+            f"{name}.stride",
+            result.stride(),
             "elements that share memory cannot all be written",
             "Pass a tensor that is not expanded, or None to allocate one",
         )
-    operands = (("q", tensors.q), (names[0], tensors.k), (names[1], tensors.v))
-    for name, operand in operands:
-        if overlap(out, operand):
-            raise refuse(
-                ValueError,
-                "out",
-                f"memory of {name}",
-                f"is written while {name} is still read, which makes garbage of both",
-                "Pass another tensor, or None to allocate one",
-            )
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -62,6 +71,13 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         if width_a <= ahead and ahead + width_b <= pitch:
             return False
     return True
+
+
+def span(t: Tensor) -> int:
+    """Bytes from the beginning of a tensor to its end."""
+    if t.numel() == 0:
+        return 0
+    return sum(n * step for n, step in _extents(t)) + t.element_size()
 
 
 def _extents(t: Tensor) -> list[tuple[int, int]]:

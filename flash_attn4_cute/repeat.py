@@ -21,6 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from .launcher import driver as drivers
 from .launcher.kernel import Kernel, Patches, ReadyCall, Writes, apart
 from .likeness import Likeness
+from .overlap import overlap, span
 from .problem import OTHERS, AttentionProblem
 from .results import is_sparse
 from .splits import planned_length
@@ -65,6 +66,8 @@ _ALIGNED_ARGUMENTS = [name for name, source in _SOURCES.items() if source in _AL
 _SCRATCH = ("mWorkspace", "mTileCounter", "mQRotated", "mSeqUsed")
 _ALIGN = 256
 _MINUS_INF = 0xFF800000  # in float32
+_ANYWHERE = (1 << 62,) * 4  # spans of tensors of which nothing is known
+_MAX_DISTANCES = 64
 
 
 def key_of(
@@ -146,6 +149,8 @@ class Repeat:
         self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
         size, begins = _scratch(launched)
         self.likeness: Likeness | None = None  # of the tensors of such a call
+        self.spans = _ANYWHERE  # of q, k, v and a given out, once one was seen
+        self.apart: set[tuple[int, ...]] = set()  # from operands to results that lie apart
         self.new_out = contiguous(out.shape, out.dtype)
         self.new_lse = contiguous(lse.shape, lse.dtype) if problem.return_lse else None
         self.new_scratch = contiguous((size,), torch.uint8) if size else None
@@ -203,13 +208,21 @@ class Repeat:
             out_at = out.data_ptr()
         else:
             out_at = out.data_ptr()
-            if out_at in (q_at, k_at, v_at):
+            q_span, k_span, v_span, out_span = self.spans
+            end = out_at + out_span
+            if (
+                (out_at < q_at + q_span and q_at < end)
+                or (out_at < k_at + k_span and k_at < end)
+                or (out_at < v_at + v_span and v_at < end)
+            ) and not self._lies_apart(out, qkv):
                 return None
         together = q_at | k_at | v_at | out_at
         addresses = [driver.stream(device), q_at, k_at, v_at, out_at]
         if self.new_lse is not None:
             if lse is None:
                 lse = driver.empty(*self.new_lse)
+            elif not self._lies_apart(lse, (*qkv, out)):
+                return None
             addresses.append(lse.data_ptr())
         if others is not None:
             for place in self.more:
@@ -229,6 +242,26 @@ class Repeat:
         for ready, writes in self.steps:
             ready.issue(writes, addresses)
         return out, lse
+
+    def _lies_apart(self, result: Tensor, operands: tuple[Tensor, ...]) -> bool:
+        """Whether `result` shares no memory with any of them, as the columns of one buffer do not.
+
+        The strides of such calls are the same, so it is up to the distances.
+        """
+        at = result.data_ptr()
+        distances = tuple([at - t.data_ptr() for t in operands])
+        if distances in self.apart:
+            return True
+        for operand in operands:
+            if overlap(result, operand):
+                return False
+        if len(operands) == 3:
+            q, k, v = operands
+            self.spans = span(q), span(k), span(v), span(result)
+        if len(self.apart) >= _MAX_DISTANCES:
+            self.apart.clear()
+        self.apart.add(distances)
+        return True
 
 
 def contiguous(shape: Sequence[int], dtype: torch.dtype) -> tuple:

@@ -219,6 +219,12 @@ def test_a_result_lies_apart_from_what_is_read(fa4):
             fa4.flash_attn_func(q, k, v, out=x)
     with pytest.raises(ValueError, match=r"out.stride=\(256, 0, 16, 1\): .* not expanded"):
         fa4.flash_attn_func(q, k, v, out=torch.zeros(1, 8, 2, 16)[:, :1].expand(1, 8, 2, 16))
+    for lse, match in {
+        torch.zeros(1, 1, 8).expand(1, 2, 8): r"lse.stride=.* not expanded",
+        q.view(-1)[:16].view(1, 2, 8): "lse=memory of q",
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            fa4._flash_attn_fwd(q, k, v, lse=lse)
     room = torch.zeros(10 * 32)
     shifted = room[32:288].view(q.shape).copy_(q)
     with pytest.raises(ValueError, match="out=memory of q"):
@@ -244,8 +250,23 @@ def test_a_repeated_call_sees_it_too(fa4, short_way):
     for _ in range(3):
         fa4._flash_attn_fwd(**arguments, out=torch.empty_like(arguments["q"]))
     assert len(short_way.repeats) == 1
-    with pytest.raises(ValueError, match="out=memory of q"):
-        fa4._flash_attn_fwd(**arguments, out=arguments["q"])
+    lse, rows, given = torch.zeros(4, 9), normal(12, 4, 64), arguments | {"q": None}
+    cases = {"out=memory of q": (rows[:9], rows[3:], None)}
+    cases["lse=memory of q"] = (rows[:9], None, rows.view(torch.float32).flatten()[:36].view(4, 9))
+    cases["lse=memory of out"] = (normal(9, 4, 64), rows[:9], cases["lse=memory of q"][2])
+    for match, (q, out, shared) in cases.items():
+        given |= {"q": q, "return_lse": True}
+        fa4._flash_attn_fwd(**given, out=torch.empty_like(q), lse=lse)
+        with pytest.raises(ValueError, match=match):
+            fa4._flash_attn_fwd(**given, out=out, lse=shared)
+    columns = [torch.zeros(9, 16, 64, dtype=BF16).split((4, 2, 2, 8), 1) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        for q, k, v, other in (columns[0], *columns):  # which of these alternate goes the short way
+            given |= {"q": q, "k": k, "v": v}
+            fa4._flash_attn_fwd(**given, out=other[:, :4])
+            patch.setattr(module(fa4, "request"), "send", None)
+    with pytest.raises(ValueError, match="out=memory of v"):
+        fa4._flash_attn_fwd(**given, out=columns[1][2].as_strided(q.shape, q.stride()))
     key_of = module(fa4, "flash_attn4_cute.repeat").key_of
     qkv, others = [arguments[name] for name in "qkv"], [None] * 13
     others[-1] = torch.rand(4)
