@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import checks
 from .checks import FLOAT_DTYPES, refuse
+from .overlap import check_not_expanded, overlap
+from .watchers import is_only_memory
 
 
 def check_partial(out: Tensor, lse: Tensor, names: tuple[str, str], stacked: bool) -> None:
@@ -65,8 +67,14 @@ def check_same_rows(out_a: Tensor, out_b: Tensor) -> None:
         )
 
 
-def check_combined(out: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
-    """`out`, if given, can take the merge of the partial results `like`."""
+def check_combined(
+    out: Tensor | None, parts: tuple[Tensor, Tensor], dtype: torch.dtype, traced: bool
+) -> None:
+    """`out`, if given, can take the merge of `parts`, (out_partial, lse_partial).
+
+    What is `traced` has no memory yet.
+    """
+    like = parts[0]
     if dtype not in FLOAT_DTYPES:
         raise refuse(
             TypeError,
@@ -81,3 +89,31 @@ def check_combined(out: Tensor | None, like: Tensor, dtype: torch.dtype) -> None
     checks.check_dtype("out", out, (dtype,))
     checks.check_device("out", out, like.device)
     checks.check_shape("out", out, tuple(like.shape[1:]), "the shape of one part")
+    check_not_expanded("out", out)
+    if not traced and is_only_memory((out, *parts)):
+        check_apart_from_parts(out, *parts)
+
+
+def check_apart_from_parts(out: Tensor, out_partial: Tensor, lse_partial: Tensor) -> None:
+    """`out` shares no memory with what is merged, or is one of the parts itself.
+
+    A row is read before it is written, so that a merge in place is right.
+    """
+    name = "lse_partial"
+    if not overlap(out, lse_partial):
+        name = "out_partial"
+        if not overlap(out, out_partial):
+            return
+        if all(_is_same(out, part) or not overlap(out, part) for part in out_partial):
+            return
+    raise refuse(
+        ValueError,
+        "out",
+        f"memory of {name}",
+        "is written while other rows of it are still read",
+        "Pass another tensor or one whole part, or None to allocate one",
+    )
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.stride(), a.dtype) == (b.data_ptr(), b.stride(), b.dtype)

@@ -10,6 +10,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .launcher.kernel import Kernel, ReadyCall
 from .likeness import Likeness
+from .overlap import overlap
 from .repeat import contiguous
 from .watchers import is_only_memory
 
@@ -82,6 +83,7 @@ class RepeatedMerge:
     def __init__(self, kernel: Kernel, ready: ReadyCall, num_outs: int, results: Parts):
         self.ready = ready
         self.likeness: Likeness | None = None  # of the tensors of such a merge
+        self.apart = 0, 0  # the last distances from the parts to an out that lay apart
         out, lse = results
         self.new_out = contiguous(out.shape, out.dtype)
         self.new_lse = tuple(lse.shape), lse.stride(), lse.dtype
@@ -91,16 +93,31 @@ class RepeatedMerge:
         self.order = tuple(first[field] + sum(member) for field, *member in paths)
 
     def again(self, outs: Parts, lses: Parts, out: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """(out, lse) of a merge with the same key; None if memory is not aligned."""
+        """(out, lse) of a merge with the same key.
+
+        None if memory is not aligned, or if `out` lies on what is merged.
+        """
         driver, device = self.ready.driver, self.ready.device
         if driver.current_device() != device:
             with driver.on(device):
                 return self.again(outs, lses, out)
         if out is None:
             out = driver.empty(*self.new_out)
+        elif not self._lies_apart(out, outs[0], lses[0]):
+            return None
         if _misaligned((*outs, out)):
             return None
         lse = driver.empty(*self.new_lse)
         given = (*outs, *lses, out, lse)
         self.ready.launch([given[place].data_ptr() for place in self.order])
         return out, lse
+
+    def _lies_apart(self, out: Tensor, stack: Tensor, sums: Tensor) -> bool:
+        """As in `repeat`; a merge in place goes the slow way, which knows when it is right."""
+        at = out.data_ptr()
+        distances = at - stack.data_ptr(), at - sums.data_ptr()
+        if distances != self.apart:
+            if overlap(out, stack) or overlap(out, sums):
+                return False
+            self.apart = distances
+        return True

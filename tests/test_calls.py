@@ -277,6 +277,29 @@ def test_a_repeated_call_sees_it_too(fa4, short_way):
         assert key_of((), None, tuple(qkv), tuple(others), None) is None
 
 
+@pytest.mark.parametrize("name", ["cpu", "short_way"])
+def test_a_merge_lies_apart_from_what_is_read(fa4, request, name):
+    """Or is one of the parts: each row is read before it is written, on every device."""
+    if name != "cpu":
+        request.getfixturevalue(name)
+    room, buffer = torch.randn(4 * 512), torch.randn(512)
+    sums = buffer[:24].view(3, 1, 2, 4)
+    parts, part = room[:1536].view(3, 1, 2, 4, 64), (1, 2, 4, 64)
+    expected = fa4.flash_attn_combine(parts, sums, out=torch.zeros(part))[0]
+    refused = {
+        "out=memory of out_partial": room[64:576].view(part),
+        "out=memory of lse_partial": buffer.view(part),
+        "out.stride=.* not expanded": torch.zeros(64).expand(part),
+    }
+    for match, out in refused.items():
+        with pytest.raises(ValueError, match=match):
+            fa4.flash_attn_combine(parts, sums, out=out)
+    found = fa4.flash_attn_combine(parts, sums, out=parts[1])[0]
+    assert found.data_ptr() == parts[1].data_ptr()
+    if name == "cpu":
+        assert torch.equal(found, expected)
+
+
 # --- What an argument may be ----------------------------------------------------------------------
 
 

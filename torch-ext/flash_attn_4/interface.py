@@ -365,7 +365,7 @@ def flash_attn_combine(
         out_partial: (parts, b, s, h, d_v) or (parts, total, h, d_v): stacked results.
         lse_partial: float32 (parts, b, s, h) or (parts, total, h), any strides: their LSEs. Parts
             with -inf (or +inf, which FlashAttention-2 writes for rows without keys) are not read.
-        out: where to write the result; None allocates it.
+        out: where to write the result, one of the parts perhaps; None allocates it.
         out_dtype: dtype of the result; None: out_partial's.
         return_lse: False: None in the place of lse.
         unsupported: as in flash_attn_func.
@@ -385,7 +385,7 @@ def flash_attn_combine(
     if again is None:
         check_partial(out_partial, lse_partial, ("out_partial", "lse_partial"), stacked=True)
         dtype = out_partial.dtype if out_dtype is None else out_dtype
-        check_combined(out, out_partial, dtype)
+        check_combined(out, (out_partial, lse_partial), dtype, torch.compiler.is_compiling())
         again = merged(outs, lses, out, dtype, key)
     return again if return_lse else (again[0], None)
 

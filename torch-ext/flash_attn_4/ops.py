@@ -22,6 +22,7 @@ from . import execute, flops, functions
 from ._ops import add_op_namespace_prefix
 from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.mask_rule import FULL
+from .flash_attn4_cute.partials import check_apart_from_parts
 from .flash_attn4_cute.problem import (
     AttentionOptions,
     AttentionTensors,
@@ -283,6 +284,8 @@ def _(out: Tensor, lse: Tensor | None, *arguments: Any) -> None:
 )
 def merge(out: Tensor, lse: Tensor, outs: list[Tensor], lses: list[Tensor]) -> None:
     """Partial results into given tensors, by the kernel of their device."""
+    if len(outs) == 1:
+        check_apart_from_parts(out, outs[0], lses[0])
     execute.merge(tuple(outs), tuple(lses), out, lse)
 
 
