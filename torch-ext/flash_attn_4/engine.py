@@ -18,7 +18,7 @@ from .flash_attn4_cute.problem import (
     make_mask_rule,
 )
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata
-from .other_arguments import check_later, check_others
+from .other_arguments import check_foreign
 from .request import Window, ask, send
 
 
@@ -69,8 +69,8 @@ def _flash_attn_fwd(
         out, lse: where to write the results; None allocates them. Rows of given ones that belong to
             no sequence, as where a CUDA graph's tokens are padded, are left as they are.
         k_descale, v_descale: as in flash_attn_varlen_func; q stays in half precision.
-        unsupported: any other argument of upstream's signature (qv, q_descale, ...); must be None
-            or False.
+        unsupported: any other argument of upstream's signature (qv, q_descale, ...); must be None,
+            False, or what asks for nothing in flash_attn_varlen_func.
 
     Returns:
         (out, lse), lse None unless return_lse or lse is given. The copies of this function that
@@ -82,7 +82,7 @@ def _flash_attn_fwd(
             for an unsupported argument that is given.
     """
     if unsupported:
-        check_later(_flash_attn_fwd, unsupported)
+        check_foreign(_flash_attn_fwd, unsupported, any_name=True)
     if min_seqlen_k is not None:
         as_int("min_seqlen_k", min_seqlen_k)
     asked = (
@@ -162,7 +162,7 @@ def get_scheduler_metadata(
         TypeError, ValueError: naming the argument, its value, the rule and the way out.
     """
     if unsupported:
-        check_others(get_scheduler_metadata, unsupported)
+        check_foreign(get_scheduler_metadata, unsupported)
     check_is_tensor("cache_seqlens", cache_seqlens)
     sizes = {
         "batch_size": batch_size,

@@ -24,7 +24,7 @@ from .flash_attn4_cute import repeat_merge
 from .flash_attn4_cute.checks import as_int, check_index_tensor, check_is_tensor, refuse
 from .flash_attn4_cute.partials import check_combined, check_partial, check_same_rows
 from .flash_attn4_cute.problem import OTHERS
-from .other_arguments import check_others
+from .other_arguments import check_foreign
 from .request import Result, Window, ask, key_lengths, one_of
 from .states import merged
 
@@ -70,7 +70,7 @@ def flash_attn_func(
     {raises}
     """
     if unsupported:
-        check_others(flash_attn_func, unsupported)
+        check_foreign(flash_attn_func, unsupported)
     return_lse = return_lse or return_softmax_lse
     sink = s_aux
     if learnable_sink is not None:
@@ -159,7 +159,7 @@ def flash_attn_varlen_func(
     {raises}
     """
     if unsupported:
-        check_others(flash_attn_varlen_func, unsupported)
+        check_foreign(flash_attn_varlen_func, unsupported)
     return_lse = return_lse or return_softmax_lse
     table, sink = block_table, s_aux
     if page_table is not None:
@@ -265,7 +265,7 @@ def flash_attn_with_kvcache(
     {raises}
     """
     if unsupported:
-        check_others(flash_attn_with_kvcache, unsupported)
+        check_foreign(flash_attn_with_kvcache, unsupported)
     return_lse = return_lse or return_softmax_lse
     lengths = cache_seqlens
     if lengths is not None and not (isinstance(lengths, Tensor) and lengths.dim()):
@@ -379,7 +379,7 @@ def flash_attn_combine(
         NotImplementedError: more than 512 columns on a GPU.
     """
     if unsupported:
-        check_others(flash_attn_combine, unsupported)
+        check_foreign(flash_attn_combine, unsupported)
     outs, lses = (out_partial,), (lse_partial,)
     key, again = repeat_merge.merged_again(outs, lses, out, out_dtype)
     if again is None:

@@ -7,11 +7,12 @@ nothing; that is accepted, and any other refused by name with the way out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
-from .flash_attn4_cute.checks import as_int, refuse
+from .flash_attn4_cute.checks import as_int, plain, refuse
 
 _ABSENT = (None,)
 _OFF = (None, False)
@@ -26,7 +27,7 @@ _LATENT = "Pass torch.cat([q, qv], -1) and torch.cat([k, v], -1), with softmax_s
 _NOT_HERE = "Leave {name} out, or pass None"
 
 # By name: what asks for nothing, and what to do instead of anything else.
-_OTHERS: dict[str, tuple[tuple, str]] = {
+_FOREIGN: dict[str, tuple[tuple, str]] = {
     "attention_chunk": (_ZERO, "Express the chunks by mask_mod, or by window_size"),
     "aux_scalars": (_ABSENT, "Pass them as aux_tensors"),
     "aux_tensor_leading_dims": (_ABSENT, _NOT_HERE),
@@ -41,7 +42,7 @@ _OTHERS: dict[str, tuple[tuple, str]] = {
     "cu_seqlens_k_new": (_ABSENT, "Leave it out: nothing here depends on it"),
     "deterministic": (_OFF, "Leave it out: results always have the same bits"),
     "disable_scheduler_metadata": (_OFF, "Leave scheduler_metadata out"),
-    "dropout_p": ((None, 0, 0.0), "flash_attn_varlen_func has it"),
+    "dropout_p": (_ZERO, "flash_attn_varlen_func has it"),
     "dynamic_causal": (_ABSENT, "Pass causal, or decide by mask_mod"),
     "fa_version": ((None, 2, 3, 4), "Leave it out: there is one kernel for all"),
     "fp8_kv_dequant": (_OFF, "Leave it out: the dtypes of q, k and v say it"),
@@ -71,31 +72,33 @@ _OTHERS: dict[str, tuple[tuple, str]] = {
 _HINTS = frozenset({"min_seqlen_k"})  # integers that change no result
 
 
-def check_others(function: Callable, given: dict[str, Any]) -> None:
+def check_foreign(function: Callable, given: dict[str, Any], *, any_name: bool = False) -> None:
     """Refuse what `function` does not have, unless it asks for nothing.
+
+    With `any_name`, None and False ask for nothing under names that no release has, too.
 
     Raises:
         NotImplementedError: a known argument that asks for something.
         TypeError: a name that no release has.
     """
     for name, value in given.items():
+        if any_name and (value is None or value is False):
+            continue
         if name in _HINTS:
             if value is not None:
                 as_int(name, value)
             continue
-        if name not in _OTHERS:
+        if name not in _FOREIGN and not any_name:
             raise _unexpected(function, name, value)
-        neutral, way_out = _OTHERS[name]
-        if not any(value is x or (type(value) is type(x) and value == x) for x in neutral):
+        neutral, way_out = _FOREIGN.get(name, (_ABSENT, _NOT_HERE))
+        if not _is_one_of(neutral, value):
             raise _unsupported(function, name, value, way_out)
 
 
-def check_later(function: Callable, given: dict[str, Any]) -> None:
-    """The same for `_flash_attn_fwd`: engines pass it None and False under any name."""
-    for name, value in given.items():
-        if value is not None and value is not False:
-            way_out = _OTHERS.get(name, (_ABSENT, _NOT_HERE))[1]
-            raise _unsupported(function, name, value, way_out)
+def _is_one_of(neutral: tuple, value: Any) -> bool:
+    """By value, as all numbers count: False is 0, and so are NumPy's."""
+    value = plain(value)
+    return isinstance(value, bool | int | float | NoneType) and value in neutral
 
 
 def _unsupported(function: Callable, name: str, value: Any, way_out: str) -> NotImplementedError:
