@@ -19,7 +19,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .checks import refuse
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_MEMORY_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def _probe(name: str, default: Any) -> Any:
@@ -72,7 +72,7 @@ def check_strided(names: Iterable[str], tensors: Iterable[Any]) -> None:
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all that are given are what lies at their addresses."""
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+        if t is not None and (type(t) not in _MEMORY_TYPES or t.is_neg() or t._is_zerotensor()):
             return False
     return True
 

@@ -31,7 +31,8 @@ def with_default(window):
 
 
 def with_keyword(window):
-    return lambda b, h, i, j, info, aux, *, window=window: within(window, i, j)
+    # Names that parameters of ours had once.
+    return lambda b, h, i, j, info, aux, *, make=window, told_by=None: within(make, i, j)
 
 
 def over_tensor(window):

@@ -41,7 +41,7 @@ from torch._dynamo.variables import (
 from .flash_attn4_cute.checks import refuse
 from .functions import number_of
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype})
+_CONSTANT_TYPES = frozenset({int, float, bool, str, type(None), torch.dtype})
 _UNKNOWN = object()
 # Equal copies are one, so that a graph that is compiled anew does not compile kernels anew.
 _copies: WeakValueDictionary[tuple, Callable] = WeakValueDictionary()
@@ -69,11 +69,11 @@ def _value(tx: Any, variable: Any) -> Any:
     source = variable.source
     if isinstance(variable, UserMethodVariable):
         function = _function(variable.fn, source and AttrSource(source, "__func__"))
-        return _one_of(types.MethodType, function, _value(tx, variable.obj))
+        return _one_of(types.MethodType, (function, _value(tx, variable.obj)), {})
     if isinstance(variable, FunctoolsPartialVariable):
-        args = [_value(tx, x) for x in variable.args]
+        args = [_value(tx, x) for x in (variable.func, *variable.args)]
         keywords = {name: _value(tx, x) for name, x in variable.keywords.items()}
-        return _one_of(functools.partial, _value(tx, variable.func), *args, **keywords)
+        return _one_of(functools.partial, args, keywords)
     if isinstance(variable, NestedUserFunctionVariable):
         return _made(tx, variable)
     if isinstance(variable, UserFunctionVariable):
@@ -81,7 +81,7 @@ def _value(tx: Any, variable: Any) -> Any:
     if isinstance(variable, SymNodeVariable):
         return variable.evaluate_expr()  # a number that was dynamic becomes a constant
     found = getattr(variable, "value", getattr(variable, "fn", _UNKNOWN))
-    if type(found) in _PLAIN:
+    if type(found) in _CONSTANT_TYPES:
         return found
     if found is not _UNKNOWN and source is not None:
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
@@ -106,7 +106,7 @@ def _function(function: Any, source: Any) -> Callable:
         contents = [cell.cell_contents for cell in closure]
     except ValueError:  # not assigned yet
         contents = [None, closure]
-    if not _PLAIN.issuperset(map(type, (*contents, *defaults, *keywords.values()))):
+    if not _CONSTANT_TYPES.issuperset(map(type, (*contents, *defaults, *keywords.values()))):
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
         return function
     install_guard(source.make_guard(GuardBuilder.CLOSURE_MATCH))
@@ -151,14 +151,20 @@ def _copy(
         function.__kwdefaults__ = keywords
         return function
 
-    return _one_of(make, *contents, *defaults, told_by=(id(code), id(variables)), **keywords)
+    return _one_of(make, (*contents, *defaults), keywords, told_by=(id(code), id(variables)))
 
 
 def _one_of(
-    make: Callable[..., Callable], *values: Any, told_by: Any = None, **keywords: Any
+    make: Callable[..., Callable],
+    values: Sequence[Any],
+    keywords: dict[str, Any],
+    *,
+    told_by: Any = None,
 ) -> Callable:
     """What `make` made before of the same values; it must keep alive what is told by its id."""
-    told = [(type(x), x if type(x) in _PLAIN else id(x)) for x in (*values, *keywords.values())]
+    told = [
+        (type(x), x if type(x) in _CONSTANT_TYPES else id(x)) for x in (*values, *keywords.values())
+    ]
     key = (told_by or make, *keywords, *told)
     found = _copies.get(key)
     if found is None:
