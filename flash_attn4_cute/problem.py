@@ -152,6 +152,11 @@ class AttentionOptions:
         if self.pack_gqa is not None and type(self.pack_gqa) is not bool:
             self._canonicalise(_as_choice, "pack_gqa")
 
+    @property
+    def holds_function(self) -> bool:
+        """Whether a function of the user's is among them, which whoever keeps them keeps alive."""
+        return self.score_mod is not None or type(self.mask) is Custom
+
     def _canonicalise(self, convert: Callable, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
@@ -173,7 +178,7 @@ def numbered(options: AttentionOptions) -> int:
     Options that hold a callable, which would be kept alive, and calls that autograd records have
     none.
     """
-    if options.requires_grad or options.score_mod is not None or type(options.mask) is Custom:
+    if options.requires_grad or options.holds_function:
         return 0
     if options.max_seqlen_k is not None:
         options = replace(options, max_seqlen_k=None)
@@ -305,6 +310,11 @@ class AttentionProblem:
         )
 
     @property
+    def holds_function(self) -> bool:
+        """Whether a function of the user's is part of it, which whoever keeps it keeps alive."""
+        return self.score_mod is not None or type(self.mask) is Custom
+
+    @property
     def aligned(self) -> bool:
         """Whether all tensors can be read and written where they are."""
         return not self.misfits
@@ -333,10 +343,9 @@ def signature_of(t: AttentionTensors, options: AttentionOptions) -> tuple | None
     """
     if (
         options.requires_grad
-        or options.score_mod is not None
+        or options.holds_function
         or t.aux_tensors is not None
         or t.blocks is not None
-        or type(options.mask) is Custom
     ):
         return None
     q, k, v, out = t.q, t.k, t.v, t.out

@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 
 from .disk_cache import holds_function
 from .launcher.kernel import Kernel
-from .mask_rule import Custom
 
 Answer = TypeVar("Answer")
 
@@ -98,7 +97,7 @@ class PerProblem(Generic[Answer]):
         self._with_functions = functools.lru_cache(MAX_WITH_FUNCTIONS)(plan)
 
     def __call__(self, problem: Any) -> Answer:
-        if problem.score_mod is not None or type(problem.mask) is Custom:
+        if problem.holds_function:
             return self._with_functions(problem)
         return self._kept(problem)
 

@@ -57,7 +57,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch; `grid`, `block` and `cluster` are slots.
+    """One kernel launch; `grid` and `block` are slots.
 
     `params` are (size in bytes, fields); what no field fills is zero. `attributes` are launch
     attributes (number, 32-bit words) of the CUDA driver.
