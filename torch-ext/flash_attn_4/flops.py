@@ -22,10 +22,12 @@ def tell_counters() -> None:
     """
     module = sys.modules.get("torch.utils.flop_counter")
     if module is not None:
-        module.flop_registry.update(formulas)
+        registries = [module.flop_registry]
         for mode in _get_current_dispatch_mode_stack():
-            registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
-            registry.update(formulas)
+            registries.append(getattr(getattr(mode, "counter", mode), "flop_registry", {}))
+        for registry in registries:
+            for operator, formula in formulas.items():
+                registry.setdefault(operator, formula)  # a user may count by his own
 
 
 def forward(*call: Any, **_: Any) -> int:
@@ -58,12 +60,13 @@ def _pairs(call: tuple, new: list[int] | None = None) -> int:
     q, k = call[:2]
     cu_q, cu_k, used_q, used_k, table = call[3:8]
     queries = _lengths(cu_q, used_q, q)
-    if table is not None and not _is_known(used_k):
-        keys = [table.shape[1] * k.shape[1]] * len(queries)
-    else:
+    if _is_known(used_k) or cu_k is not None:
         keys = _lengths(cu_k, used_k, k)
+    else:  # a cache may have other rows than there are sequences
+        longest = k.shape[1] if table is None else table.shape[1] * k.shape[1]
+        keys = [longest] * len(queries)
     added = new or [0] * len(queries)
-    pairs = sum(n * (max(m, 0) + a) for n, m, a in zip(queries, keys, added, strict=False))
+    pairs = sum(max(n, 0) * (max(m, 0) + a) for n, m, a in zip(queries, keys, added, strict=True))
     return pairs * q.shape[-2]
 
 
@@ -75,7 +78,7 @@ def _lengths(starts: Tensor | None, used: Tensor | None, t: Tensor) -> list[int]
         return [t.shape[1]] * t.shape[0]
     if _is_known(starts):
         return starts.diff().tolist()
-    return [t.shape[0]] + [0] * (starts.shape[0] - 2)  # no more than all of them
+    return [t.shape[0], *[0] * starts.shape[0]][: starts.shape[0] - 1]  # no more than all of them
 
 
 def _is_known(t: Tensor | None) -> bool:
