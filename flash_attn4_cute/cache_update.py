@@ -44,6 +44,11 @@ class CacheUpdate:
 tensors_of = attrgetter(*CacheUpdate.__slots__[:-1])
 
 
+def names_of_keys(update: CacheUpdate | None) -> tuple[str, str]:
+    """What the caller calls the keys and values that are attended to."""
+    return ("k", "v") if update is None else ("k_cache", "v_cache")
+
+
 def check_cache_update(update: CacheUpdate, tensors: AttentionTensors) -> None:
     """The update fits the cache `tensors.k`, `tensors.v` and the queries `tensors.q`.
 

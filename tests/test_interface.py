@@ -185,3 +185,11 @@ def test_explain_takes_the_arguments_of_a_call(fa4, packed):
     assert "dense" in fa4.explain(*dense, qv=None, cache_leftpad=None, return_attn_probs=False)
     with pytest.raises(TypeError, match="describe neither attends nor merges"):
         fa4.explain(fa4.describe)
+
+    def write(t):
+        t.fill_(7.0)
+
+    kept = packed[0].clone()
+    with pytest.raises(TypeError, match=r"explain: .*test_interface\..*write is no function of"):
+        fa4.explain(write, packed[0])
+    assert torch.equal(packed[0], kept)

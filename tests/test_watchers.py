@@ -9,6 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import block_masks
+
 
 def qkv(seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -114,11 +116,21 @@ def test_operations_are_counted(fa4):
         lambda: fa4.flash_attn_with_kvcache(
             q[:, :1], k, v, k[:, :1], v[:, :1], cache_seqlens=cu[1:] - 5
         ): 1 + 8,
+        lambda: fa4.flash_attn_with_kvcache(
+            q, k[:1], v[:1], cache_batch_idx=torch.zeros(2, dtype=torch.int32)
+        ): 2 * 12 * 12,
+        lambda: fa4.flash_attn_varlen_func(
+            q, k, v, seqused_q=torch.tensor([-1, 3], dtype=torch.int32)
+        ): 3 * 12,
     }
     for call, pairs in calls.items():
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             call()
         assert counter.get_total_flops() == 4 * pairs * 2 * (8 + 8)
+    (packet,) = (x for x in fa4.ops.flops.formulas if x.__name__ == "forward")
+    with FlopCounterMode(display=False, custom_mapping={packet: lambda *_, **__: 7}) as counter:
+        fa4.flash_attn_func(q, k, v)
+    assert counter.get_total_flops() == 7
     with FlopCounterMode(display=False) as counter:
         fa4.flash_attn_func(q.requires_grad_(), k, v).sum().backward()
     assert counter.get_total_flops() == 4 * 2 * 12 * 12 * 2 * (8 + 8 + 5 * 8)
@@ -130,10 +142,29 @@ def test_forward_mode_is_refused(fa4):
     with forward_ad.dual_level():
         fa4.flash_attn_func(q, k, v)
         dual = forward_ad.make_dual(v, torch.ones_like(v))
-        with pytest.raises(NotImplementedError, match="v=a dual tensor.*forward-mode"):
-            fa4.flash_attn_func(q, k, dual)
+        for call in (fa4.flash_attn_func, fa4.explain):
+            with pytest.raises(NotImplementedError, match="v=a dual tensor.*forward-mode"):
+                call(q, k, dual)
+        lengths, new = torch.tensor([3, 9], dtype=torch.int32), k[:, :1]
+        with pytest.raises(NotImplementedError, match="v_cache=a dual tensor"):
+            fa4.flash_attn_with_kvcache(q[:, :1], k, dual, new, new, cache_seqlens=lengths)
         with pytest.raises(torch._dynamo.exc.Unsupported):
             torch.compile(fa4.flash_attn_func, backend="eager", fullgraph=True)(q, k, dual)
     torch._dynamo.reset()
     with pytest.raises(NotImplementedError, match="q=a dual tensor"):
         torch.func.jvp(lambda q: fa4.flash_attn_func(q, k, v), (q,), (q,))
+
+
+def test_explain_refuses_what_the_call_does(fa4):
+    """Because of what a tensor is, or of who watches."""
+    q, k, v = qkv()
+    with pytest.raises(TypeError, match="k=a sparse_coo tensor"):
+        fa4.explain(q, k.to_sparse(), v)
+    with pytest.raises(NotImplementedError, match="torch.func=grad"):
+        torch.func.grad(lambda q: len(fa4.explain(q, k, v)) * q.sum())(q)
+    lists = block_masks.lists(torch.ones(1, 1, 1, 1, dtype=torch.int64), (128, 128))
+    call = {"q": q, "k": k, "v": v, "block_sparse_tensors": lists}
+    with Seen():
+        for function in ((fa4._flash_attn_fwd,), (fa4.explain, fa4._flash_attn_fwd)):
+            with pytest.raises(NotImplementedError, match="block_sparse_tensors=given"):
+                function[0](*function[1:], **call)

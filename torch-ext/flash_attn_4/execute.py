@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .flash_attn4_cute.cache_update import CacheUpdate, check_cache_update, tensors_of
+from .flash_attn4_cute.cache_update import (
+    CacheUpdate,
+    check_cache_update,
+    names_of_keys,
+    tensors_of,
+)
 from .flash_attn4_cute.checks import refuse
 from .flash_attn4_cute.likeness import Likeness
 from .flash_attn4_cute.overlap import check_apart
@@ -61,7 +66,7 @@ def checked(
 ) -> AttentionProblem:
     """The problem that a call poses, if its arguments agree."""
     problem = AttentionProblem.from_tensors(tensors, options)
-    check_apart(tensors, ("k", "v") if update is None else ("k_cache", "v_cache"))
+    check_apart(tensors, names_of_keys(update))
     if update is not None:
         check_cache_update(update, tensors)
     return problem

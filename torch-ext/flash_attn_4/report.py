@@ -16,7 +16,7 @@ from .flash_attn4_cute.cache_update import CacheUpdate
 from .flash_attn4_cute.device import describe as describe_device
 from .flash_attn4_cute.problem import AttentionTensors
 from .interface import flash_attn_varlen_func, flash_attn_with_kvcache
-from .request import resolved, unpacked
+from .request import is_for_operators, resolved, unpacked
 from .states import is_merged_by_kernel
 
 
@@ -53,6 +53,11 @@ def explain(*arguments: Any, **keywords: Any) -> str:
     """
     if arguments and isinstance(arguments[0], FunctionType):
         function, arguments = arguments[0], arguments[1:]
+        if function.__globals__.get("__package__") != __package__:
+            raise TypeError(
+                f"explain: {function.__module__}.{function.__qualname__} is no function of "
+                f"{__package__}. Pass one of those, or only the arguments of a call."
+            )
     else:
         function = _function_of(arguments, keywords)
     try:
@@ -119,6 +124,7 @@ def _sent(
     """In place of request.send."""
     with nullcontext() if update is None else torch.no_grad():
         options = resolved(tensors, asked, longest)
+        is_for_operators(tensors, options, update)
         text = execute.explained(tensors, options, update)
     raise _Answer(tensors.q.device, text)
 

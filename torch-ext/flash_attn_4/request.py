@@ -15,7 +15,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import execute, ops
 from .execute import repeats
-from .flash_attn4_cute.cache_update import CacheUpdate, tensors_of
+from .flash_attn4_cute.cache_update import CacheUpdate, names_of_keys, tensors_of
 from .flash_attn4_cute.checks import check_is_tensor, is_bound_on_device, plain, refuse
 from .flash_attn4_cute.problem import (
     OTHERS,
@@ -82,7 +82,6 @@ _FIELDS = (
     "max_seqlen_q",
     "return_lse",
 )
-_NAMES = ("q", "k", "v", *OTHERS, *CacheUpdate.__slots__)
 # Of what may be kept: it neither changes nor keeps anything alive.
 _PLAIN_TYPES = frozenset({bool, int, float, type(None), SchedulerMetadata})
 
@@ -224,29 +223,49 @@ def send(
     options = resolved(tensors, asked, longest, key is not None)
     if options.dropout_p and isinstance(q, Tensor):
         tensors.dropout_state = torch.randint(2**63 - 1, (2,), device=q.device)
-    if is_compiling():
-        check_level()
-        if isinstance(q, Tensor):
-            return _through_operator(tensors, options, update)
-    elif _is_for_operators(tensors, update):
-        if options.requires_grad:
-            check_transforms()
+    if is_for_operators(tensors, options, update):
         return _through_operator(tensors, options, update)
-    elif options.requires_grad and update is None and tensors.out is None and tensors.lse is None:
-        AttentionProblem.from_tensors(tensors, options)  # before the operator's schema complains
-        return _through_operator(tensors, options, None)
     if key is None:
         return execute.attend_again(tensors, options, update)
     return execute.attend(tensors, options, update, key)
 
 
-def _is_for_operators(tensors: AttentionTensors, update: CacheUpdate | None) -> bool:
+def is_for_operators(
+    tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None
+) -> bool:
+    """Whether a call goes through an operator; raises what neither way can take."""
+    if is_compiling():
+        check_level()
+        found = isinstance(tensors.q, Tensor)
+    elif _is_seen(tensors, update):
+        if options.requires_grad:
+            check_transforms()
+        found = True
+    else:
+        found = options.requires_grad and update is tensors.out is tensors.lse is None
+        if found:
+            AttentionProblem.from_tensors(tensors, options)  # before an operator's schema complains
+    if found and tensors.blocks is not None:
+        raise refuse(
+            NotImplementedError,
+            "block_sparse_tensors",
+            "given",
+            "no operator of PyTorch stands for the call, which torch.compile, dispatch modes and "
+            "subclasses of Tensor need",
+            "Call it outside of the compiled function, or express the mask by mask_mod",
+        )
+    return found
+
+
+def _is_seen(tensors: AttentionTensors, update: CacheUpdate | None) -> bool:
     """Whether PyTorch's dispatcher must see a call that runs at once."""
+    names: tuple[str, ...] = ("q", *names_of_keys(update), *OTHERS)
     given = (tensors.q, tensors.k, tensors.v, *others_of(tensors))
     if update is not None:
+        names += CacheUpdate.__slots__
         given += tensors_of(update)
-    check_strided(_NAMES, given)
-    check_tangents(_NAMES, given)
+    check_strided(names, given)
+    check_tangents(names, given)
     given += tensors.aux_tensors or ()
     for t in given:
         if t is not None and not isinstance(t, Tensor):
@@ -260,15 +279,6 @@ def _is_for_operators(tensors: AttentionTensors, update: CacheUpdate | None) -> 
 def _through_operator(
     tensors: AttentionTensors, options: AttentionOptions, update: CacheUpdate | None
 ) -> tuple[Tensor, Tensor | None]:
-    if tensors.blocks is not None:
-        raise refuse(
-            NotImplementedError,
-            "block_sparse_tensors",
-            "given",
-            "no operator of PyTorch stands for the call, which torch.compile, dispatch modes and "
-            "subclasses of Tensor need",
-            "Call it outside of the compiled function, or express the mask by mask_mod",
-        )
     call = ops.flatten(tensors, options)
     if update is None and tensors.out is None and tensors.lse is None:
         out, lse = ops.forward(*call)
