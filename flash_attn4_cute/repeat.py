@@ -23,7 +23,6 @@ from .launcher.kernel import Kernel, Patches, ReadyCall, Writes, apart
 from .likeness import Likeness
 from .overlap import overlap, span
 from .problem import OTHERS, AttentionProblem
-from .results import is_sparse
 from .splits import planned_length
 
 Others = tuple[Any, ...] | None  # of tensors and None
@@ -143,7 +142,7 @@ class Repeat:
     aligned beside q, k, v and out.
     """
 
-    def __init__(self, problem: AttentionProblem, launched: Launched, results: tuple[bool, bool]):
+    def __init__(self, problem: AttentionProblem, launched: Launched, cleared: tuple[bool, bool]):
         arguments = launched[-1][1]
         out, lse = arguments.mO, arguments.mLSE
         self.driver, self.device = drivers.cuda_driver(), out.device.index or 0
@@ -160,11 +159,10 @@ class Repeat:
         self.more, self.aligned, self.derived = links.more, links.aligned, links.derived
         self.steps = [(ready, w) for (_, _, ready), w in zip(launched, links.writes, strict=True)]
         self.fills: list[tuple[int, int, int]] = []  # (place, number of words, word)
-        if is_sparse(problem):
-            if not results[0]:
-                self.fills.append((links.names.index("out"), out.nbytes // 4, 0))
-            if lse is not None and not results[1]:
-                self.fills.append((links.names.index("lse"), lse.numel(), _MINUS_INF))
+        if cleared[0]:
+            self.fills.append((links.names.index("out"), out.nbytes // 4, 0))
+        if cleared[1]:
+            self.fills.append((links.names.index("lse"), lse.numel(), _MINUS_INF))
         if getattr(arguments, "reads_counter", False):
             scratch, begin = len(links.names), dict(begins)["mTileCounter"]
             place = scratch + 1 + self.derived.index((scratch, begin)) if begin else scratch
@@ -172,12 +170,12 @@ class Repeat:
 
     @staticmethod
     def of(
-        problem: AttentionProblem, launched: Sequence[Any], results: tuple[bool, bool]
+        problem: AttentionProblem, launched: Sequence[Any], cleared: tuple[bool, bool]
     ) -> Repeat | None:
         """From the launches of a call; None if it cannot be repeated like that.
 
         `launched` are, in order, what appended to a cache, if anything did, and the attention;
-        `results` says whether the caller gave out and lse.
+        `cleared` says whether out and lse hold 0 and -inf before.
         """
         if problem.misfits or problem.dropout_p:
             return None
@@ -186,7 +184,7 @@ class Repeat:
                 return None
             if not _is_aligned(found[1]):
                 return None
-        return Repeat(problem, launched, results)
+        return Repeat(problem, launched, cleared)
 
     def again(
         self, qkv: tuple[Tensor, Tensor, Tensor], others: Others

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .problem import AttentionProblem, AttentionTensors, Layout
+from .problem import AttentionProblem, AttentionTensors
 
 
-def is_sparse(problem: AttentionProblem) -> bool:
-    """Whether rows of the results may belong to no sequence."""
-    return problem.has_seqused_q or problem.q_layout is Layout.VARLEN
+def has_rows_of_no_sequence(tensors: AttentionTensors) -> bool:
+    """Whether some of the results may be that."""
+    return tensors.cu_seqlens_q is not None or tensors.seqused_q is not None
 
 
 def has_work(problem: AttentionProblem, tensors: AttentionTensors) -> bool:
@@ -27,21 +27,21 @@ def has_work(problem: AttentionProblem, tensors: AttentionTensors) -> bool:
 def allocate(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     """Give `tensors` the results that the caller did not."""
     q = tensors.q
-    sparse = is_sparse(problem)
+    cleared = has_rows_of_no_sequence(tensors)
     if tensors.out is None:
-        tensors.out = new_out(q, problem.out_shape(q), sparse)
+        tensors.out = new_out(q, problem.out_shape(q), cleared)
     if tensors.lse is None and problem.return_lse:
-        tensors.lse = new_lse(q, problem.lse_shape(q), sparse)
+        tensors.lse = new_lse(q, problem.lse_shape(q), cleared)
 
 
-def new_out(q: Tensor, shape: Sequence[int], sparse: bool) -> Tensor:
-    """A tensor for the output, 0 where nobody may write."""
-    return q.new_zeros(shape) if sparse else q.new_empty(shape)
+def new_out(q: Tensor, shape: Sequence[int], cleared: bool) -> Tensor:
+    """A tensor for the output, 0 if `cleared`."""
+    return q.new_zeros(shape) if cleared else q.new_empty(shape)
 
 
-def new_lse(q: Tensor, shape: Sequence[int], sparse: bool) -> Tensor:
-    """A tensor for the log-sum-exp, -inf where nobody may write."""
-    if sparse:
+def new_lse(q: Tensor, shape: Sequence[int], cleared: bool) -> Tensor:
+    """A tensor for the log-sum-exp, -inf if `cleared`."""
+    if cleared:
         return q.new_full(shape, -torch.inf, dtype=torch.float32)
     return q.new_empty(shape, dtype=torch.float32)
 
@@ -55,7 +55,7 @@ def clear(problem: AttentionProblem, tensors: AttentionTensors) -> None:
     assert out is not None
     if problem.batch == 0:
         return
-    rows = _rows_of_sequences(tensors) if is_sparse(problem) else None
+    rows = _rows_of_sequences(tensors) if has_rows_of_no_sequence(tensors) else None
     if rows is None:
         out.zero_()
     else:
@@ -73,8 +73,8 @@ def _rows_of_sequences(tensors: AttentionTensors) -> Tensor:
     if starts is None:
         assert used is not None
         return rows < used[:, None]
-    inside = rows < starts[-1]
+    inside = (rows >= starts[0]) & (rows < starts[-1])
     if used is None:
         return inside
-    sequence = torch.searchsorted(starts, rows, right=True).sub_(1).clamp_(max=len(used) - 1)
+    sequence = torch.searchsorted(starts, rows, right=True).sub_(1).clamp_(0, len(used) - 1)
     return inside & (rows - starts[sequence] < used[sequence])

@@ -30,7 +30,7 @@ from .flash_attn4_cute.problem import (
     others_of,
 )
 from .flash_attn4_cute.repeat import Others, Repeat, key_of
-from .flash_attn4_cute.results import allocate
+from .flash_attn4_cute.results import allocate, has_rows_of_no_sequence
 from .flash_attn4_cute.values import check_values
 from .flash_attn4_cute.watchers import is_only_memory
 
@@ -49,14 +49,16 @@ def attend(
     problem = checked(tensors, options, update)
     variant = _variant(problem)
     prepared = variant.prepare(problem, tensors, update)
-    launched, results = [], (tensors.out is not None, tensors.lse is not None)
+    launched, clears = [], has_rows_of_no_sequence(tensors)
+    new_lse = tensors.lse is None and problem.return_lse
+    cleared = clears and tensors.out is None, clears and new_lse
     allocate(problem, tensors)
     if update is not None:
         along = not isinstance(band_of(problem.mask), Full)
         launched.append(variant.append(update, tensors, along, prepared))
     launched.append(variant.forward(problem, tensors, prepared))
     if key is not None:
-        _remember(key, Repeat.of(problem, launched, results))
+        _remember(key, Repeat.of(problem, launched, cleared))
     assert tensors.out is not None
     return tensors.out, tensors.lse
 
@@ -167,7 +169,6 @@ def merge(
     """Merge partial results on a CUDA device; returns what was launched, see combine_plan."""
     from .flash_attn4_cute import combine_plan
 
-    combine_plan.check_merge("out_partial" if len(outs) == 1 else "out_a", outs[0])
     return combine_plan.merge(outs, lses, out, lse)
 
 
@@ -175,7 +176,6 @@ def explained_merge(outs: tuple[Tensor, ...], out: Tensor | None, dtype: torch.d
     """What `merge` would run, or raises what it would raise; nothing is written."""
     from .flash_attn4_cute import combine_plan
 
-    combine_plan.check_merge("out_partial" if len(outs) == 1 else "out_a", outs[0])
     return combine_plan.explain(outs, out, dtype)
 
 

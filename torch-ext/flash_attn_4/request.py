@@ -26,7 +26,7 @@ from .flash_attn4_cute.problem import (
     others_of,
 )
 from .flash_attn4_cute.repeat import Others, key_of, kind_of, planned_bound
-from .flash_attn4_cute.results import new_lse, new_out
+from .flash_attn4_cute.results import has_rows_of_no_sequence, new_lse, new_out
 from .flash_attn4_cute.scheduler_metadata import SchedulerMetadata, with_metadata
 from .flash_attn4_cute.watchers import (
     are_plain,
@@ -285,11 +285,11 @@ def _through_operator(
         return out, lse if options.return_lse else None
     q, out, lse = tensors.q, tensors.out, tensors.lse
     out_shape, lse_shape = ops.result_shapes(call)
-    sparse = tensors.cu_seqlens_q is not None or tensors.seqused_q is not None
+    cleared = has_rows_of_no_sequence(tensors)
     if out is None:
-        out = new_out(q, out_shape, sparse)
+        out = new_out(q, out_shape, cleared)
     if lse is None and options.return_lse:
-        lse = new_lse(q, lse_shape, sparse)
+        lse = new_lse(q, lse_shape, cleared)
     if update is None:
         ops.forward_out(out, lse, *call)
     else:
