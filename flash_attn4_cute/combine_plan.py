@@ -46,22 +46,6 @@ class CombineKey:
         return trace_combine(self)
 
 
-def check_merge(name: str, partial: Tensor) -> None:
-    """Refuse what the kernel cannot merge; `name` is what the caller calls the first part.
-
-    Raises:
-        NotImplementedError: too many columns.
-    """
-    if partial.shape[-1] > MAX_COLUMNS:
-        raise refuse(
-            NotImplementedError,
-            f"{name}.shape[-1]",
-            partial.shape[-1],
-            f"the GPU merges up to {MAX_COLUMNS} columns",
-            "Merge the columns in parts, with the same LSE, or pass CPU tensors",
-        )
-
-
 def merge(
     outs: tuple[Tensor, ...], lses: tuple[Tensor, ...], out: Tensor, lse: Tensor
 ) -> tuple | None:
@@ -71,6 +55,7 @@ def merge(
     launch takes are merged in groups first. Returns the kernel and what it returned, if one launch
     of these very tensors was all.
     """
+    _check_columns(outs)
     if out.numel() == 0:
         lse.fill_(-torch.inf)
         return None
@@ -103,9 +88,29 @@ def merge(
     return None if copied else launched
 
 
+def _check_columns(outs: tuple[Tensor, ...]) -> None:
+    """Refuse what the kernel cannot merge.
+
+    Raises:
+        NotImplementedError: too many columns.
+    """
+    columns = outs[0].shape[-1]
+    if columns > MAX_COLUMNS:
+        raise refuse(
+            NotImplementedError,
+            f"{'out_partial' if len(outs) == 1 else 'out_a'}.shape[-1]",
+            columns,
+            f"the GPU merges up to {MAX_COLUMNS} columns",
+            "Merge the columns in parts, with the same LSE, or pass CPU tensors",
+        )
+
+
 def explain(outs: tuple[Tensor, ...], out: Tensor | None, dtype: torch.dtype) -> str:
     """What `merge` would launch, for people; `out` None is a new tensor of this dtype."""
+    _check_columns(outs)
     stacked = len(outs) == 1
+    if 0 in outs[0].shape[stacked:]:
+        return "merge: not launched, there is nothing to write"
     if out is None:
         out = (outs[0][0] if stacked else outs[0]).new_empty(outs[0].shape[stacked:], dtype=dtype)
     key = combine_key(outs if stacked else _alike(outs), out)

@@ -178,6 +178,17 @@ def test_rows_of_no_sequence(fa4, device, name, keys):
         assert (given_lse.transpose(-1, -2)[~inside] == SENTINEL).all()
 
 
+@pytest.mark.parametrize("used", [None, (1, 2)])
+def test_rows_before_the_first_sequence(fa4, used):
+    """Belong to none: a GPU does not look whether the first one starts at 0."""
+    results, problem = (module(fa4, f"flash_attn4_cute.{x}") for x in ("results", "problem"))
+    q = normal(8, 1, 8)
+    tensors = problem.AttentionTensors(q=q, k=q, v=q, cu_seqlens_q=int32(2, 4, 6))
+    tensors.seqused_q = None if used is None else int32(*used)
+    inside = results._rows_of_sequences(tensors).nonzero().flatten().tolist()
+    assert inside == ([2, 3, 4, 5] if used is None else [2, 4, 5])
+
+
 def test_fills_of_a_repeated_call(fa4, short_way):
     """The short way fills what it allocates and nothing else."""
     arguments, filled = packed(), short_way.filled
@@ -408,6 +419,8 @@ def test_explain_names_every_kernel_of_a_call(fa4, explained):
     assert "append" not in explained(**plain) and "decode for sm90a" in explained(**plain)
     parts = normal(3, 1, 2, 4, 64)
     assert "merge: a kernel" in explained(fa4.flash_attn_combine, parts, torch.zeros(3, 1, 2, 4))
+    empty = parts[:, :, :0], torch.zeros(3, 1, 0, 4)
+    assert "merge: not launched" in explained(fa4.flash_attn_combine, *empty)
     nothing = normal(1, 0, 4, 64)
     assert "not launched" in explained(nothing[:, :0], nothing, nothing)
     assert "sm90a" in explained(fa4._flash_attn_fwd, **packed())
