@@ -242,7 +242,7 @@ class Learned(torch.nn.Module):
         return (
             lambda score, *_: score * self.w,
             lambda score, *_: score * c.weight,
-            lambda score, b, h, *_: score + self.weight.detach()[h],
+            lambda score, b, h, *_: score + self.weight[h].detach(),
             lambda score, b, h, *_: score * self.tables[1] + weight.data[h],
             functools.partial(lambda own, score, *_: score * own.w, self),
         ), (

@@ -22,9 +22,10 @@ _WITHOUT = ("alibi_slopes", "k_descale", "v_descale", "out", "lse")
 _DEPTH = 3  # how many functions that call each other are looked at
 _OF_MODULES = ("_parameters", "_buffers", "_modules")  # where torch.nn.Module has its attributes
 _DETACHED = frozenset(  # attributes of a tensor that have no gradient
-    {"data", "detach", "device", "dim", "dtype", "item", "ndim", "numel"}
-    | {"requires_grad", "shape", "size", "tolist"}
+    {"data", "device", "dim", "dtype", "item", "ndim", "numel", "requires_grad", "shape", "size"}
+    | {"tolist"}
 )
+_DETACHING = frozenset({"detach", "detach_", "no_grad", "inference_mode"})
 
 
 def needs_grad(*tensors: Any) -> bool:
@@ -103,6 +104,8 @@ def _read_by(function: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
     if not isinstance(function, types.FunctionType):
         return
     code = function.__code__
+    if not _DETACHING.isdisjoint(code.co_names):  # it knows, and what of it is hard to tell
+        return
     variables = dict(function.__kwdefaults__ or {})
     arguments, defaults = code.co_varnames[: code.co_argcount], function.__defaults__ or ()
     variables.update(zip(arguments[len(arguments) - len(defaults) :], defaults, strict=False))
