@@ -39,7 +39,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.fp8 = kv_cache_dtype.startswith("fp8")
         # vLLM counts the query's own position, the kernel the positions beside it.
-        self.window = -1 if sliding_window is None else sliding_window - 1
+        self.sliding = None if sliding_window is None else sliding_window - 1
         self.options: dict[str, Any] = {
             "softmax_scale": self.scale,
             "softcap": float(logits_soft_cap or 0.0),
@@ -95,6 +95,12 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             self._attend_fresh(query, key, value, fresh, output, batch.causal)
         return output
 
+    def _window(self, causal: bool) -> tuple[int, int]:
+        """As wide to the right as to the left where queries see what follows them."""
+        if self.sliding is None:
+            return -1, -1
+        return self.sliding, 0 if causal else self.sliding
+
     def _attend_cached(
         self,
         layer: Any,
@@ -121,7 +127,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             seqused_k=part.seq_lens,
             block_table=part.block_table,
             causal=causal,
-            window_size=(self.window, self.window),
+            window_size=self._window(causal),
             out=tokens_of(part, output),
             **descales,
             **self.options,
@@ -145,7 +151,7 @@ class FlashAttn4Impl(AttentionImpl[FlashAttn4Metadata]):
             part.max_query_len,
             part.max_query_len,
             causal=causal,
-            window_size=(self.window, self.window),
+            window_size=self._window(causal),
             out=tokens_of(part, output),
             **self.options,
         )
