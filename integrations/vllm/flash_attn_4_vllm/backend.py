@@ -14,7 +14,7 @@ from .metadata import FlashAttn4MetadataBuilder
 # there): 9.0 alone, and all of a family; 10.1 is the first name of 11.0, which is of another one.
 CARDS = frozenset({(9, 0)})
 FAMILIES = frozenset({10, 12})
-OTHERS = frozenset({(10, 1)})
+REFUSED = frozenset({(10, 1)})
 CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_HEAD_SIZE = 256
 
@@ -70,7 +70,7 @@ class FlashAttn4Backend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         card = (capability.major, capability.minor)
-        return card in CARDS or (capability.major in FAMILIES and card not in OTHERS)
+        return card in CARDS or (capability.major in FAMILIES and card not in REFUSED)
 
     @classmethod
     def supports_combination(
